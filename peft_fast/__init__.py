@@ -1,0 +1,99 @@
+"""peft_fast: PEFT's API and PEFT's files, at the speed of the base model.
+
+Public names are those of `peft` (LoraConfig, get_peft_model, PeftModel, ...). They are imported on first use (PEP 562):
+`import peft_fast` costs next to nothing on top of `import torch` and needs neither triton, nor bitsandbytes, nor a GPU.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# where each public name lives: module of this package -> names
+_EXPORTS: dict[str, tuple[str, ...]] = {
+    "auto": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
+        "AutoPeftModel",
+        "AutoPeftModelForCausalLM",
+        "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
+    ),
+    "config": ("PeftConfig",),
+    "mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "inject_adapter_in_model"),
+    "mapping_func": ("get_peft_model",),
+    "mixed_model": ("PeftMixedModel",),
+    "peft_model": (
+        "PeftModel",
+        "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+        "get_layer_status",
+        "get_model_status",
+    ),
+    "tuners.lora": ("LoraConfig", "LoraModel"),
+    "utils": ("PeftType", "TaskType", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
+}
+_SUBMODULES = ("auto", "config", "functional", "helpers", "mapping", "mixed_model", "peft_model", "tuners", "utils")
+_MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
+
+__all__ = [*sorted(_MODULE_OF), "__version__"]
+
+if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
+    from .auto import (
+        MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
+        AutoPeftModel as AutoPeftModel,
+        AutoPeftModelForCausalLM as AutoPeftModelForCausalLM,
+        AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction,
+        AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering,
+        AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM,
+        AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
+        AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
+    )
+    from .config import PeftConfig as PeftConfig
+    from .mapping import (
+        PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
+        get_peft_config as get_peft_config,
+        inject_adapter_in_model as inject_adapter_in_model,
+    )
+    from .mapping_func import get_peft_model as get_peft_model
+    from .mixed_model import PeftMixedModel as PeftMixedModel
+    from .peft_model import (
+        PeftModel as PeftModel,
+        PeftModelForCausalLM as PeftModelForCausalLM,
+        PeftModelForFeatureExtraction as PeftModelForFeatureExtraction,
+        PeftModelForQuestionAnswering as PeftModelForQuestionAnswering,
+        PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM,
+        PeftModelForSequenceClassification as PeftModelForSequenceClassification,
+        PeftModelForTokenClassification as PeftModelForTokenClassification,
+        get_layer_status as get_layer_status,
+        get_model_status as get_model_status,
+    )
+    from .tuners.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
+    from .utils import (
+        PeftType as PeftType,
+        TaskType as TaskType,
+        get_peft_model_state_dict as get_peft_model_state_dict,
+        load_peft_weights as load_peft_weights,
+        set_peft_model_state_dict as set_peft_model_state_dict,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name, or a sub-module such as `peft_fast.helpers`, on first use."""
+    if name in _MODULE_OF:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+        globals()[name] = value  # the next look-up does not come here
+        return value
+    if name in _SUBMODULES:  # `import peft_fast; peft_fast.utils.other...`, as in PEFT
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF, *_SUBMODULES})
