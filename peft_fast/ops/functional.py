@@ -1,0 +1,126 @@
+"""Public functions on tensors: check, cast under autocast, choose an implementation, run.
+
+``y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T`` for a base that is understood (``lora_linear``) or for the output of one
+that is not (``lora_update``).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .choice import IMPLEMENTATIONS, requested
+from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
+
+__all__ = ["IMPLEMENTATIONS", "lora_linear", "lora_update", "new_seed"]
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def lora_linear(
+    x: Tensor,
+    w: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T, in x's dtype with fp32 accumulation.
+
+    Args:
+        x: (..., K) fp16, bf16, fp32 or fp64.
+        w: (N, K), dtype of x, any strides; frozen, gets no gradient.
+        a: (R, K). b: (N, R). Any float dtype: they take part in x's dtype and their gradients come back in their own.
+        scaling: dimensionless, alpha / r (alpha / sqrt(r) for rsLoRA).
+        bias: (N,) or None; gets a gradient if it asks for one.
+        dropout_p: probability in [0, 1) that an element of x is dropped on the low-rank path.
+        seed: (1,) int64 on x's device, see ``new_seed``; the mask is a pure function of it. Required when dropout_p > 0.
+        implementation: one of ``IMPLEMENTATIONS``; None means the environment variable PEFT_FAST_LORA, else "auto".
+    Returns: (..., N) in x.dtype (the autocast dtype under autocast, as ``torch.nn.functional.linear``).
+    Raises: ValueError on shapes that disagree, a weight that requires grad, a bad dropout_p or an unknown implementation;
+        TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
+    Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
+    """
+    if w.requires_grad:
+        raise ValueError("lora_linear: w requires grad, but the fused op gives it none; freeze it or use lora_update(base, ...)")
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
+    N = w.shape[0]
+    _check("lora_linear", x, a, b, N, dropout_p, seed)
+    if w.shape != (N, x.shape[-1]):
+        raise ValueError(f"lora_linear: x (..., K) and w (N, K) must share K, got {tuple(x.shape)} and {tuple(w.shape)}")
+    if w.dtype != x.dtype:
+        raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
+    name = requested("lora_linear", implementation)
+    if name == "peft":
+        return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p)
+    x2 = x.reshape(-1, x.shape[-1])
+    args = (x2, w, bias, a, b, scaling, dropout_p, seed, name)
+    y = LoraLinear.apply(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
+    return y.view(*x.shape[:-1], N)
+
+
+def lora_update(
+    base: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    implementation: str | None = None,
+) -> Tensor:
+    """base + scaling * dropout(x) @ a.T @ b.T, for the output of any base layer.
+
+    Args:
+        base: (..., N), never written to. Its dtype is the result's.
+        Others as in ``lora_linear``.
+    Returns: (..., N), a new tensor.
+    Raises: as ``lora_linear``.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    N = base.shape[-1]
+    _check("lora_update", x, a, b, N, dropout_p, seed)
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"lora_update: base (..., N) and x (..., K) must share their leading sizes, got {tuple(base.shape)} and {tuple(x.shape)}"
+        )
+    name = requested("lora_update", implementation)
+    if name == "peft":
+        return _peft_update(base, x, a, b, scaling, dropout_p)
+    x2, base2 = x.reshape(-1, x.shape[-1]), base.reshape(-1, N)
+    args = (base2, x2, a, b, scaling, dropout_p, seed, name)
+    y = LoraUpdate.apply(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
+    return y.view(base.shape)
+
+
+def new_seed(device: torch.device | str) -> Tensor:
+    """Draw a (1,) int64 seed on ``device`` from torch's generator: repeatable after ``torch.manual_seed``, restored by activation
+    checkpointing, and drawn anew at each replay of a CUDA graph."""
+    return torch.randint(0, 2**63 - 1, (1,), device=device)
+
+
+def _check(op: str, x: Tensor, a: Tensor, b: Tensor, N: int, p: float, seed: Tensor | None) -> None:
+    K, R = x.shape[-1], a.shape[0]
+    if a.ndim != 2 or a.shape[1] != K:
+        raise ValueError(f"{op}: x (..., K) and a (R, K) must share K, got {tuple(x.shape)} and {tuple(a.shape)}")
+    if b.shape != (N, R):
+        raise ValueError(f"{op}: b must be (N, R) = ({N}, {R}), got {tuple(b.shape)}")
+    if x.dtype not in _FLOATS or a.dtype not in _FLOATS or b.dtype not in _FLOATS:
+        raise TypeError(f"{op}: x, a and b must be fp16, bf16, fp32 or fp64, got {x.dtype}, {a.dtype} and {b.dtype}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
+    if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
+        raise ValueError(f"{op}: dropout_p = {p} needs seed, a (1,) int64 tensor on {x.device}: new_seed(x.device)")
+
+
+def _peft_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
+    """PEFT's own arithmetic: x in the adapter's dtype, each product rounded there, the sum in the promoted dtype."""
+    low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p, p > 0), a), b)
+    return (base + low_rank * scaling).to(base.dtype)

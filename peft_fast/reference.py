@@ -1,0 +1,160 @@
+"""The specification of every op in plain torch: the tests' oracle (in fp64), the CPU implementation, and the safe path on a GPU.
+
+    x (M, K) activations      w (N, K) frozen weight, any strides      bias (N,)
+    a (R, K) lora_A.weight    b (N, R) lora_B.weight, any float dtype  scale = scaling / (1 - p)
+
+    s  = scale * (keep * x) @ a.T          dS = scale * dY @ b         dA = dS.T @ (keep * x)
+    y  = x @ w.T + bias + s @ b.T          dB = dY.T @ s               dX = dY @ w + keep * (dS @ a)
+
+``s`` carries the scale, so that the scale appears in one place of the forward and one of the backward. ``keep`` is the dropout
+mask, kept as one bit per element (``bits``), a pure function of (seed, M, K, p): the kernels draw the very same bits.
+Hu et al. 2021, arXiv:2106.09685.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+# Below this many rows the update is computed in fp32: widening a few rows of x is cheaper than narrowing both adapters, and
+# plain fp32 products have less overhead than bf16 ones (measured on CPU: 4 times less at one row, equal near 100).
+_FEW_ROWS = 64
+# The mask is drawn in pieces that stay in the cache.
+_MASK_PIECE = 1 << 17
+_GOLDEN = 0x9E3779B9
+_MUL_1, _MUL_2 = 0x7FEB352D, 0x846CA68B
+
+
+def lora_linear_fwd(
+    x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y (M, N), s (M, R), both in x.dtype, and bits (M, ceil(K / 8)) uint8, or (0, 0) when p is 0."""
+    return _add_update(F.linear(x, w, bias), x, a, b, scaling, p, seed, out_of_place=False)
+
+
+def lora_update_fwd(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return base + s @ b.T as a new tensor, s and bits."""
+    return _add_update(base, x, a, b, scaling, p, seed, out_of_place=True)
+
+
+def lora_linear_bwd(
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    s: Tensor,
+    bits: Tensor,
+    scaling: float,
+    p: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (dx, da, db), da and db in the dtype of a and b; one that ``needs`` does not ask for is an empty (0,) tensor."""
+    need_dx, need_da, need_db = needs
+    dx, da, db = (t.new_empty(0) for t in (x, a, b))
+    scale = scaling / (1.0 - p)
+    if need_db:
+        db = (s.T @ dy).T.to(b.dtype).contiguous()
+    if not (need_dx or need_da):
+        return dx, da, db
+    ds = _scaled_matmul(dy, b.to(dy.dtype), scale)
+    keep = unpack_bits(bits, x.shape[1], x.dtype) if p > 0 else None
+    if need_da:
+        da = (ds.T @ (x if keep is None else _masked(x, keep))).to(a.dtype)
+    if need_dx:
+        a = a.to(x.dtype)
+        if keep is not None:
+            low_rank = _masked(ds @ a, keep)
+            dx = low_rank if w is None else (dy @ w).add_(low_rank)
+        else:
+            dx = ds @ a if w is None else (dy @ w).addmm_(ds, a)
+    return dx, da, db
+
+
+def dropout_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
+    """Draw the keep mask of an (M, K) activation: bit k & 7 of byte k >> 3 of row m says whether x[m, k] is kept.
+
+    A counter-based hash of (seed, m, k) with 16 random bits per element, so the drop rate is p rounded to 1 / 65536. Two
+    strong one-dimensional hashes are combined by xor and mixed once more (mixer: github.com/skeeto/hash-prospector).
+
+    Args:
+        seed: (1,) int64.
+    Returns: (M, ceil(K / 8)) uint8, unused bits 0.
+    """
+    low, high = _halves(int(seed))
+    pairs = (K + 1) // 2
+    row_key = _as_int32(_mix(_mix(torch.arange(M) + low) ^ high))
+    col_key = _as_int32(_mix(_mix(torch.arange(pairs) + _GOLDEN + high) ^ low))
+    threshold = round(p * 65536) - 32768
+    bits = np.empty((M, (K + 7) // 8), dtype=np.uint8)
+    step = max(1, _MASK_PIECE // max(1, pairs))
+    for start in range(0, M, step):
+        word = row_key[start : start + step, None] ^ col_key
+        word.mul_(_MUL_1)
+        word ^= (word >> 15).bitwise_and_(0x1FFFF)  # int32 shifts carry the sign: keep the 17 bits that moved
+        word.mul_(_MUL_2 - (1 << 32))
+        word ^= (word >> 16).bitwise_and_(0xFFFF)
+        keep = word.view(torch.int16)[:, :K] >= threshold
+        bits[start : start + step] = np.packbits(keep.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(bits)
+
+
+def unpack_bits(bits: Tensor, K: int, dtype: torch.dtype) -> Tensor:
+    """Return the mask (M, K) as all-ones or all-zeros integers of dtype's width: ``x.view(int) & mask`` drops elements.
+
+    One vectorized pass over x, where a boolean mask would take three times as long on a CPU.
+    """
+    wide = _INT_OF_SIZE[dtype.itemsize]
+    if bits.device.type == "cpu":
+        keep = torch.from_numpy(np.unpackbits(bits.numpy(), axis=1, count=K, bitorder="little"))
+    else:
+        keep = (bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)).flatten(1)[:, :K] & 1
+    return keep.to(wide).neg_()
+
+
+_INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _add_update(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None, out_of_place: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = scaling / (1.0 - p)
+    bits = x.new_empty((0, 0), dtype=torch.uint8)
+    if p > 0 and seed is not None:
+        bits = dropout_bits(seed, *x.shape, p).to(x.device)
+        x = _masked(x, unpack_bits(bits, x.shape[1], x.dtype))
+    if x.shape[0] <= _FEW_ROWS and x.dtype.itemsize == 2 and x.device.type == "cpu":
+        s = _scaled_matmul(x.float(), a.float().T, scale)
+        return torch.addmm(y.float(), s, b.float().T).to(y.dtype), s.to(x.dtype), bits
+    s = _scaled_matmul(x, a.to(x.dtype).T, scale)
+    b = b.to(x.dtype)
+    if out_of_place:
+        return torch.addmm(y, s.to(y.dtype), b.to(y.dtype).T), s, bits
+    return y.addmm_(s, b.T), s, bits
+
+
+def _scaled_matmul(x: Tensor, y: Tensor, scale: float) -> Tensor:
+    """scale * x @ y, rounded once."""
+    return torch.addmm(x.new_empty(()), x, y, beta=0, alpha=scale)
+
+
+def _masked(x: Tensor, keep: Tensor) -> Tensor:
+    return (x.view(keep.dtype) & keep).view(x.dtype)
+
+
+def _mix(h: Tensor) -> Tensor:
+    """A strong 32-bit hash of each element, in int64 arithmetic (one dimension only: speed does not matter)."""
+    h = h & 0xFFFFFFFF
+    h = ((h ^ (h >> 16)) * _MUL_1) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * _MUL_2) & 0xFFFFFFFF
+    return h ^ (h >> 16)
+
+
+def _halves(seed: int) -> tuple[int, int]:
+    return seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+
+
+def _as_int32(h: Tensor) -> Tensor:
+    return torch.where(h >= 1 << 31, h - (1 << 32), h).to(torch.int32)

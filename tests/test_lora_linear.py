@@ -1,0 +1,256 @@
+"""lora_linear and lora_update against fp64, output and every gradient, on the reference path (the kernels': tests/interpreter)."""
+
+import pytest
+import torch
+from numerics import assert_as_accurate
+from torch import Tensor
+from torch.nn import functional as F
+
+from peft_fast import reference
+from peft_fast.ops import functional
+from peft_fast.ops import lora_linear as op
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SHAPES = [  # M, N, K, R
+    (1, 64, 32, 8),
+    (3, 1, 7, 1),
+    (37, 50, 65, 5),
+    (130, 96, 128, 16),
+    (200, 33, 31, 40),
+    (0, 16, 24, 4),
+]
+IDS = [f"M{m}-N{n}-K{k}-R{r}" for m, n, k, r in SHAPES]
+
+
+def make(M, N, K, R, dtype, adapter_dtype=None, device="cpu"):
+    adapter_dtype = adapter_dtype or dtype
+    x = torch.randn(M, K, device=device, dtype=dtype)
+    w = torch.randn(N, K, device=device, dtype=dtype) / K**0.5
+    a = torch.randn(R, K, device=device, dtype=adapter_dtype) / K**0.5
+    b = torch.randn(N, R, device=device, dtype=adapter_dtype)
+    bias = torch.randn(N, device=device, dtype=dtype)
+    return x, w, a, b, bias
+
+
+def keep_of(x, p, seed):
+    """The mask as numbers, from the op's own definition of it."""
+    if p == 0:
+        return torch.ones_like(x)
+    bits = reference.dropout_bits(seed.cpu(), *x.shape, p).to(x.device)
+    return ((bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1).flatten(1)[:, : x.shape[1]].to(x)
+
+
+def plain(x, w, a, b, bias, scaling, keep, p):
+    """The formula in plain torch, the adapters cast to the activations' dtype as under autocast."""
+    low_rank = F.linear(F.linear(x * keep / (1 - p), a.to(x.dtype)), b.to(x.dtype))
+    return F.linear(x, w, bias) + scaling * low_rank
+
+
+def gradients(fn, tensors, dy):
+    """[y, dx, da, db, dbias] of fn(x, a, b, bias); in ``tensors`` w is not a leaf."""
+    x, w, a, b, bias = tensors
+    leaves = [t.detach().clone().requires_grad_() for t in (x, a, b, bias)]
+    y = fn(leaves[0], w, *leaves[1:])
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y))]
+
+
+def check(fn, draw, scaling, p=0.0, seed=None):
+    """Compare fn with the formula over several draws together: with one value in the output, plain torch may be right by luck."""
+    got, same, exact = [], [], []
+    for _ in range(8):
+        tensors = draw()
+        x = tensors[0]
+        keep = keep_of(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
+        dy = torch.randn(*x.shape[:-1], tensors[1].shape[0], device=x.device, dtype=x.dtype)
+        got.append(gradients(fn, tensors, dy))
+        same.append(gradients(lambda x, w, a, b, bias: plain(x, w, a, b, bias, scaling, keep, p), tensors, dy))
+        doubles = [t.double() for t in tensors]
+        keep = keep.double()
+        exact.append(gradients(lambda x, w, a, b, bias: plain(x, w, a, b, bias, scaling, keep, p), doubles, dy.double()))
+    for name, g, s, e in zip(["y", "dx", "da", "db", "dbias"], *(zip(*runs) for runs in (got, same, exact)), strict=True):
+        g, s, e = torch.stack(g), torch.stack(s), torch.stack(e)
+        assert g.dtype == s.dtype, f"{name}: {g.dtype}, expected {s.dtype}"
+        assert_as_accurate(name, g, s, e)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", SHAPES, ids=IDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("fused", [True, False], ids=["linear", "update"])
+def test_forward_and_every_gradient(shape, dtype, p, fused, device):
+    seed = functional.new_seed(device) if p else None
+
+    def fn(x, w, a, b, bias):
+        if fused:
+            return functional.lora_linear(x, w, a, b, 1.7, bias, dropout_p=p, seed=seed)
+        return functional.lora_update(F.linear(x, w, bias), x, a, b, 1.7, dropout_p=p, seed=seed)
+
+    check(fn, lambda: make(*shape, dtype, device=device), 1.7, p, seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("M", [2, 200])
+def test_fp32_adapters_on_half_activations(dtype, M):
+    check(
+        lambda x, w, a, b, bias: functional.lora_linear(x, w, a, b, 0.5, bias),
+        lambda: make(M, 48, 64, 8, dtype, adapter_dtype=torch.float32),
+        0.5,
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
+def test_strided_inputs(compiled):
+    """A transposed weight (Conv1D), a sliced x and leading dimensions, eager and in one graph."""
+
+    def draw():
+        _, w, a, b, bias = make(24, 40, 36, 8, torch.float32)
+        return torch.randn(2, 24, 72)[:, :, ::2], w.T.contiguous().T, a, b, bias
+
+    fn = functional.lora_linear
+    if compiled:
+        fn = torch.compile(fn, fullgraph=True, backend="aot_eager")
+    check(lambda x, w, a, b, bias: fn(x, w, a, b, 2.0, bias), draw, 2.0)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_into_one_graph_with_dropout(dynamic):
+    seed = functional.new_seed("cpu")
+    compiled = torch.compile(functional.lora_linear, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+
+    def fn(x, w, a, b, bias):
+        return compiled(x, w, a, b, 2.0, bias, dropout_p=0.2, seed=seed)
+
+    check(fn, lambda: make(70, 40, 36, 8, torch.float32), 2.0, 0.2, seed)
+
+
+def test_opcheck():
+    x, w, a, b, bias = make(70, 6, 9, 3, torch.float32)
+    seed = functional.new_seed("cpu")
+    _, s, bits = op.linear_fwd(x, w, bias, a, b, 2.0, 0.5, seed, "torch")
+    torch.library.opcheck(op.linear_fwd, (x, w, bias, a, b, 2.0, 0.5, seed, "torch"))
+    torch.library.opcheck(op.linear_fwd, (x, w, None, a, b, 2.0, 0.0, None, "torch"))
+    torch.library.opcheck(op.update_fwd, (x @ w.T, x, a, b, 2.0, 0.5, seed, "torch"))
+    dy = torch.randn(70, 6)
+    for needs in ([True, True, True], [True, False, False], [False, False, True]):
+        torch.library.opcheck(op.linear_bwd, (dy, x, w, a, b, s, bits, 2.0, 0.5, needs, "torch"))
+
+
+def test_only_the_gradients_asked_for(monkeypatch):
+    x, w, a, b, bias = make(5, 6, 9, 3, torch.float32)
+    asked = []
+    real = op.linear_bwd
+    monkeypatch.setattr(op, "linear_bwd", lambda *args: asked.append(args[-2]) or real(*args))
+    b.requires_grad_()
+    functional.lora_linear(x, w, a, b, 2.0, bias).sum().backward()
+    assert asked == [[False, False, True]]
+    assert b.grad is not None and a.grad is None
+
+
+def test_update_leaves_the_base_alone_and_takes_its_dtype():
+    x, w, a, b, _ = make(5, 6, 9, 3, torch.bfloat16)
+    base = torch.randn(5, 6)
+    before = base.clone()
+    y = functional.lora_update(base, x, a, b, 2.0)
+    assert torch.equal(base, before) and y.dtype == torch.float32
+    assert not torch.equal(y, base)
+
+
+def test_autocast_takes_part_in_its_dtype():
+    x, w, a, b, bias = make(100, 16, 32, 4, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = functional.lora_linear(x, w, a, b, 2.0, bias)
+        expected = functional.lora_linear(x.bfloat16(), w.bfloat16(), a, b, 2.0, bias.bfloat16())
+        assert functional.lora_update(F.linear(x, w), x, a, b, 2.0).dtype == torch.bfloat16
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+
+
+def test_pefts_own_arithmetic():
+    """The switch: fp32 adapters pull bf16 activations into fp32, bit for bit as PEFT does."""
+    x, w, a, b, bias = make(9, 16, 32, 4, torch.bfloat16, adapter_dtype=torch.float32)
+    y = functional.lora_linear(x, w, a, b, 2.0, bias, implementation="peft")
+    expected = (F.linear(x, w, bias) + F.linear(F.linear(x.float(), a), b) * 2.0).to(torch.bfloat16)
+    assert torch.equal(y, expected)
+    assert torch.equal(functional.lora_update(F.linear(x, w, bias), x, a, b, 2.0, implementation="peft"), expected)
+
+
+class TestDropoutBits:
+    def test_same_seed_same_mask_and_rows_do_not_depend_on_the_size(self):
+        seed = torch.tensor([-(2**61) + 12345])
+        bits = reference.dropout_bits(seed, 300, 70, 0.3)
+        assert torch.equal(bits, reference.dropout_bits(seed, 300, 70, 0.3))
+        assert torch.equal(bits[:17], reference.dropout_bits(seed, 17, 70, 0.3))
+        assert not torch.equal(bits, reference.dropout_bits(seed + 1, 300, 70, 0.3))
+
+    def test_independent_of_the_piece_size(self, monkeypatch):
+        seed = torch.tensor([7])
+        bits = reference.dropout_bits(seed, 50, 33, 0.5)
+        monkeypatch.setattr(reference, "_MASK_PIECE", 40)
+        assert torch.equal(bits, reference.dropout_bits(seed, 50, 33, 0.5))
+
+    @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
+    def test_statistics(self, p):
+        """Rate over all, per row and per column, and no correlation along rows, columns, or between the lanes of a word: all
+        within five standard deviations of independent draws, and no pair of rows more alike than torch's own draws make them."""
+        M, K = 2000, 1024
+
+        def standardized(keep):
+            return (keep.double() - (1 - p)) / (p * (1 - p)) ** 0.5
+
+        z = standardized(keep_of(torch.empty(M, K), p, torch.randint(0, 2**62, (1,))))
+        torchs = standardized(torch.empty(M, K).bernoulli_(1 - p))
+        assert abs(z.mean()) < 5 / (M * K) ** 0.5
+        assert z.mean(0).abs().max() < 5.5 / M**0.5
+        assert z.mean(1).abs().max() < 5.5 / K**0.5
+        for shift in (1, 2, 7, 512):
+            assert abs((z[:, shift:] * z[:, :-shift]).mean()) < 5 / (M * (K - shift)) ** 0.5
+        for shift in (1, 2, 64, 1000):
+            assert abs((z[shift:] * z[:-shift]).mean()) < 5 / ((M - shift) * K) ** 0.5
+        ours, theirs = ((t @ t.T).fill_diagonal_(0).abs().max() for t in (z, torchs))
+        assert ours < 1.3 * theirs
+
+    def test_seeds_are_repeatable_and_restored_by_the_generator(self):
+        torch.manual_seed(3)
+        first, second = functional.new_seed("cpu"), functional.new_seed("cpu")
+        torch.manual_seed(3)
+        assert torch.equal(first, functional.new_seed("cpu")) and not torch.equal(first, second)
+
+
+class TestErrors:
+    def tensors(self):
+        return make(5, 6, 9, 3, torch.float32)
+
+    def call(self, message, error=ValueError, **changes):
+        x, w, a, b, bias = self.tensors()
+        arguments = {"x": x, "w": w, "a": a, "b": b, "scaling": 1.0, "bias": bias} | changes
+        with pytest.raises(error, match=message):
+            functional.lora_linear(**arguments)
+
+    def test_shapes(self):
+        self.call(r"x \(\.\.\., K\) and a \(R, K\) must share K, got \(5, 9\) and \(3, 8\)", a=torch.randn(3, 8))
+        self.call(r"b must be \(N, R\) = \(6, 3\), got \(6, 4\)", b=torch.randn(6, 4))
+        self.call(r"x \(\.\.\., K\) and w \(N, K\) must share K, got \(5, 9\) and \(6, 8\)", w=torch.randn(6, 8))
+        with pytest.raises(ValueError, match="must share their leading sizes"):
+            functional.lora_update(torch.randn(4, 6), torch.randn(5, 9), torch.randn(3, 9), torch.randn(6, 3), 1.0)
+
+    def test_dtypes(self):
+        self.call("must be fp16, bf16, fp32 or fp64", TypeError, a=torch.ones(3, 9, dtype=torch.int32))
+        self.call("x and w must have one dtype", TypeError, w=torch.randn(6, 9, dtype=torch.float16))
+
+    def test_values(self):
+        self.call("w requires grad", w=torch.randn(6, 9, requires_grad=True))
+        self.call(r"dropout_p must be in \[0, 1\), got 1.0", dropout_p=1.0)
+        self.call("needs seed", dropout_p=0.5)
+        self.call("implementation", implementation="fastest")
+
+
+def test_no_activation_sized_tensor_but_x_is_saved():
+    """The graph keeps x itself, s and one bit per element: no dropout(x), no byte mask."""
+    x, w, a, b, bias = make(256, 48, 64, 8, torch.float32)
+    a.requires_grad_(), b.requires_grad_(), x.requires_grad_()
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        functional.lora_linear(x, w, a, b, 2.0, bias, dropout_p=0.5, seed=functional.new_seed("cpu"))
+    new = [t for t in saved if not any(t.data_ptr() == known.data_ptr() for known in (x, w, a, b, bias))]
+    assert sorted(t.numel() * t.element_size() for t in new) == [256 * 64 // 8, 256 * 8 * 4]
