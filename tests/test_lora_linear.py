@@ -175,7 +175,30 @@ def test_pefts_own_arithmetic():
     assert torch.equal(functional.lora_update(F.linear(x, w, bias), x, a, b, 2.0, implementation="peft"), expected)
 
 
+def keep_by_hand(seed, m, k, p):
+    """The definition of one bit in Python integers, written apart from the library."""
+
+    def mix(h):
+        h = ((h ^ (h >> 16)) * 0x7FEB352D) % 2**32
+        h = ((h ^ (h >> 15)) * 0x846CA68B) % 2**32
+        return h ^ (h >> 16)
+
+    low, high = seed % 2**32, (seed >> 32) % 2**32
+    word = mix(mix((m + low) % 2**32) ^ high) ^ mix(mix((k // 2 + 0x9E3779B9 + high) % 2**32) ^ low)
+    word = (word * 0x7FEB352D) % 2**32
+    word = ((word ^ (word >> 15)) * 0x846CA68B) % 2**32
+    word ^= word >> 16
+    lane = (word >> (16 * (k % 2))) % 2**16
+    return (lane ^ 0x8000) >= round(p * 2**16)
+
+
 class TestDropoutBits:
+    @pytest.mark.parametrize("seed", [0, 5, 2**62 + 11, -7, 5 + 2**32])
+    def test_is_the_documented_hash(self, seed):
+        M, K, p = 9, 21, 0.4
+        keep = keep_of(torch.empty(M, K), p, torch.tensor([seed]))
+        assert keep.bool().tolist() == [[keep_by_hand(seed, m, k, p) for k in range(K)] for m in range(M)]
+
     def test_same_seed_same_mask_and_rows_do_not_depend_on_the_size(self):
         seed = torch.tensor([-(2**61) + 12345])
         bits = reference.dropout_bits(seed, 300, 70, 0.3)
