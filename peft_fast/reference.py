@@ -25,18 +25,28 @@ _GOLDEN = 0x9E3779B9
 _MUL_1, _MUL_2 = 0x7FEB352D, 0x846CA68B
 
 
+def lora_linear(x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return y (..., N) alone for x (..., K): no dropout, nothing kept for a backward."""
+    return _add_low_rank(F.linear(x, w, bias), x, a, b, scaling)
+
+
+def lora_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return base + scaling * x @ a.T @ b.T as a new tensor, nothing kept for a backward."""
+    return _add_low_rank(base.clone(memory_format=torch.contiguous_format), x, a, b, scaling)
+
+
 def lora_linear_fwd(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (M, N), s (M, R), both in x.dtype, and bits (M, ceil(K / 8)) uint8, or (0, 0) when p is 0."""
-    return _add_update(F.linear(x, w, bias), x, a, b, scaling, p, seed, out_of_place=False)
+    return _add_update(F.linear(x, w, bias), x, a, b, scaling, p, seed)
 
 
 def lora_update_fwd(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return base + s @ b.T as a new tensor, s and bits."""
-    return _add_update(base, x, a, b, scaling, p, seed, out_of_place=True)
+    return _add_update(base.clone(), x, a, b, scaling, p, seed)
 
 
 def lora_linear_bwd(
@@ -66,7 +76,8 @@ def lora_linear_bwd(
     if need_dx:
         a = a.to(x.dtype)
         if keep is not None:
-            low_rank = _masked(ds @ a, keep)
+            low_rank = ds @ a
+            low_rank.view(keep.dtype).bitwise_and_(keep)
             dx = low_rank if w is None else (dy @ w).add_(low_rank)
         else:
             dx = ds @ a if w is None else (dy @ w).addmm_(ds, a)
@@ -117,22 +128,31 @@ def unpack_bits(bits: Tensor, K: int, dtype: torch.dtype) -> Tensor:
 _INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    if _in_fp32(x):
+        return y.add_(F.linear(F.linear(x.float(), a.float()), b.float()), alpha=scaling)
+    s = F.linear(x, a.to(x.dtype)).to(y.dtype)
+    y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), b.to(y.dtype).T, alpha=scaling)
+    return y
+
+
 def _add_update(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None, out_of_place: bool
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     scale = scaling / (1.0 - p)
     bits = x.new_empty((0, 0), dtype=torch.uint8)
     if p > 0 and seed is not None:
         bits = dropout_bits(seed, *x.shape, p).to(x.device)
         x = _masked(x, unpack_bits(bits, x.shape[1], x.dtype))
-    if x.shape[0] <= _FEW_ROWS and x.dtype.itemsize == 2 and x.device.type == "cpu":
-        s = _scaled_matmul(x.float(), a.float().T, scale)
-        return torch.addmm(y.float(), s, b.float().T).to(y.dtype), s.to(x.dtype), bits
+    if _in_fp32(x):
+        s = F.linear(x.float(), a.float()).mul_(scale)
+        return y.add_(F.linear(s, b.float())), s.to(x.dtype), bits
     s = _scaled_matmul(x, a.to(x.dtype).T, scale)
-    b = b.to(x.dtype)
-    if out_of_place:
-        return torch.addmm(y, s.to(y.dtype), b.to(y.dtype).T), s, bits
-    return y.addmm_(s, b.T), s, bits
+    return y.addmm_(s.to(y.dtype), b.to(y.dtype).T), s, bits
+
+
+def _in_fp32(x: Tensor) -> bool:
+    return x.numel() <= _FEW_ROWS * x.shape[-1] and x.dtype.itemsize == 2 and x.device.type == "cpu"
 
 
 def _scaled_matmul(x: Tensor, y: Tensor, scale: float) -> Tensor:

@@ -90,6 +90,27 @@ def test_forward_and_every_gradient(shape, dtype, p, fused, device):
     check(fn, lambda: make(*shape, dtype, device=device), 1.7, p, seed)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("M", [0, 1, 64, 65])
+@pytest.mark.parametrize("fused", [True, False], ids=["linear", "update"])
+def test_inference_without_gradients(dtype, M, fused):
+    """Without gradients plain torch is called directly: the same values."""
+
+    def fn(x, w, a, b, bias):
+        if fused:
+            return functional.lora_linear(x, w, a, b, 1.7, bias)
+        return functional.lora_update(F.linear(x, w, bias), x, a, b, 1.7)
+
+    drawn = [make(M, 48, 64, 8, dtype, adapter_dtype=torch.float32) for _ in range(8)]
+    drawn = [(x.view(1, M, 64)[:, :, :], *rest) for x, *rest in drawn]
+    with torch.no_grad():
+        got = torch.stack([fn(*tensors) for tensors in drawn])
+        same = torch.stack([plain(*tensors, 1.7, 1.0, 0.0) for tensors in drawn])
+        exact = torch.stack([plain(*(t.double() for t in tensors), 1.7, 1.0, 0.0) for tensors in drawn])
+    assert got.dtype == dtype
+    assert_as_accurate("y", got, same, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("M", [2, 200])
 def test_fp32_adapters_on_half_activations(dtype, M):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .. import reference
 from .choice import IMPLEMENTATIONS, requested
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 
@@ -58,8 +59,9 @@ def lora_linear(
     name = requested("lora_linear", implementation)
     if name == "peft":
         return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p)
-    x2 = x.reshape(-1, x.shape[-1])
-    args = (x2, w, bias, a, b, scaling, dropout_p, seed, name)
+    if _plain_inference(x, dropout_p, name):
+        return reference.lora_linear(x, w, bias, a, b, scaling)
+    args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
     y = LoraLinear.apply(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
     return y.view(*x.shape[:-1], N)
 
@@ -94,8 +96,9 @@ def lora_update(
     name = requested("lora_update", implementation)
     if name == "peft":
         return _peft_update(base, x, a, b, scaling, dropout_p)
-    x2, base2 = x.reshape(-1, x.shape[-1]), base.reshape(-1, N)
-    args = (base2, x2, a, b, scaling, dropout_p, seed, name)
+    if _plain_inference(x, dropout_p, name):
+        return reference.lora_update(base, x, a, b, scaling)
+    args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
     y = LoraUpdate.apply(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
     return y.view(base.shape)
 
@@ -118,6 +121,16 @@ def _check(op: str, x: Tensor, a: Tensor, b: Tensor, N: int, p: float, seed: Ten
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
     if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"{op}: dropout_p = {p} needs seed, a (1,) int64 tensor on {x.device}: new_seed(x.device)")
+
+
+def _plain_inference(x: Tensor, p: float, name: str) -> bool:
+    """Whether plain torch can be called with no operator around it, which costs more than the update of a single token."""
+    return (
+        p == 0
+        and (name == "torch" or (name == "auto" and x.device.type == "cpu"))
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _peft_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
