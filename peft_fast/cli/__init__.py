@@ -1,0 +1,1 @@
+"""The `peft-fast` command: demo, info, check."""
