@@ -1,4 +1,4 @@
-"""The specification of every op in plain torch: the tests' oracle (in fp64), the CPU implementation, and the safe path on a GPU.
+"""The specification of every op in plain torch: the tests' oracle (in fp64), the CPU implementation, a GPU's safe path.
 
     x (M, K) activations      w (N, K) frozen weight, any strides      bias (N,)
     a (R, K) lora_A.weight    b (N, R) lora_B.weight, any float dtype  scale = scaling / (1 - p)
@@ -6,7 +6,7 @@
     s  = scale * (keep * x) @ a.T          dS = scale * dY @ b         dA = dS.T @ (keep * x)
     y  = x @ w.T + bias + s @ b.T          dB = dY.T @ s               dX = dY @ w + keep * (dS @ a)
 
-``s`` carries the scale, so that the scale appears in one place of the forward and one of the backward. ``keep`` is the dropout
+``s`` carries the scale, so that it appears in one place of the forward and one of the backward. ``keep`` is the dropout
 mask, kept as one bit per element (``bits``), a pure function of (seed, M, K, p): the kernels draw the very same bits.
 Hu et al. 2021, arXiv:2106.09685.
 """
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-# Below this many rows the update is computed in fp32: widening a few rows of x is cheaper than narrowing both adapters, and
-# plain fp32 products have less overhead than bf16 ones (measured on CPU: 4 times less at one row, equal near 100).
+# Up to this many rows the update is computed in fp32: widening a few rows of x is cheaper than narrowing both adapters,
+# and plain fp32 products have less overhead than bf16 ones (measured on CPU: 4 times less at one row, equal near 100).
 _FEW_ROWS = 64
 # The mask is drawn in pieces that stay in the cache.
 _MASK_PIECE = 1 << 17
@@ -61,7 +61,7 @@ def lora_linear_bwd(
     p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, da, db), da and db in the dtype of a and b; one that ``needs`` does not ask for is an empty (0,) tensor."""
+    """Return (dx, da, db), da and db in the dtype of a and b; one not asked for by ``needs`` is an empty (0,) tensor."""
     need_dx, need_da, need_db = needs
     dx, da, db = (t.new_empty(0) for t in (x, a, b))
     scale = scaling / (1.0 - p)
@@ -87,8 +87,8 @@ def lora_linear_bwd(
 def dropout_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Draw the keep mask of an (M, K) activation: bit k & 7 of byte k >> 3 of row m says whether x[m, k] is kept.
 
-    A counter-based hash of (seed, m, k) with 16 random bits per element, so the drop rate is p rounded to 1 / 65536. Two
-    strong one-dimensional hashes are combined by xor and mixed once more (mixer: github.com/skeeto/hash-prospector).
+    A counter-based hash of (seed, m, k) with 16 random bits per element, so the drop rate is p rounded to 1 / 65536.
+    Two strong one-dimensional hashes are combined by xor and mixed once more (github.com/skeeto/hash-prospector).
 
     Args:
         seed: (1,) int64.
@@ -142,7 +142,7 @@ def _add_update(
     scale = scaling / (1.0 - p)
     bits = x.new_empty((0, 0), dtype=torch.uint8)
     if p > 0 and seed is not None:
-        bits = dropout_bits(seed, *x.shape, p).to(x.device)
+        bits = dropout_bits(seed, x.shape[0], x.shape[1], p).to(x.device)
         x = _masked(x, unpack_bits(bits, x.shape[1], x.dtype))
     if _in_fp32(x):
         s = F.linear(x.float(), a.float()).mul_(scale)

@@ -1,14 +1,13 @@
-"""lora_linear and lora_update against fp64, output and every gradient, on the reference path (the kernels': tests/interpreter)."""
+"""lora_linear and lora_update against fp64, output and every gradient, on the reference path (kernels: interpreter/)."""
 
 import pytest
 import torch
-from numerics import assert_as_accurate
 from torch import Tensor
 from torch.nn import functional as F
 
+from numerics import assert_as_accurate
 from peft_fast import reference
-from peft_fast.ops import functional
-from peft_fast.ops import lora_linear as op
+from peft_fast.ops import functional, lora_linear as op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -38,7 +37,8 @@ def keep_of(x, p, seed):
     if p == 0:
         return torch.ones_like(x)
     bits = reference.dropout_bits(seed.cpu(), *x.shape, p).to(x.device)
-    return ((bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1).flatten(1)[:, : x.shape[1]].to(x)
+    keep = (bits[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=x.device)) & 1
+    return keep.flatten(1)[:, : x.shape[1]].to(x)
 
 
 def plain(x, w, a, b, bias, scaling, keep, p):
@@ -56,20 +56,22 @@ def gradients(fn, tensors, dy):
 
 
 def check(fn, draw, scaling, p=0.0, seed=None):
-    """Compare fn with the formula over several draws together: with one value in the output, plain torch may be right by luck."""
+    """Compare fn with the formula over several draws together: with one value in the output, plain torch may be lucky."""
+
+    def formula(x, w, a, b, bias):
+        keep = keep_of(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
+        return plain(x, w, a, b, bias, scaling, keep, p)
+
     got, same, exact = [], [], []
     for _ in range(8):
         tensors = draw()
         x = tensors[0]
-        keep = keep_of(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
         dy = torch.randn(*x.shape[:-1], tensors[1].shape[0], device=x.device, dtype=x.dtype)
         got.append(gradients(fn, tensors, dy))
-        same.append(gradients(lambda x, w, a, b, bias: plain(x, w, a, b, bias, scaling, keep, p), tensors, dy))
-        doubles = [t.double() for t in tensors]
-        keep = keep.double()
-        exact.append(gradients(lambda x, w, a, b, bias: plain(x, w, a, b, bias, scaling, keep, p), doubles, dy.double()))
-    for name, g, s, e in zip(["y", "dx", "da", "db", "dbias"], *(zip(*runs) for runs in (got, same, exact)), strict=True):
-        g, s, e = torch.stack(g), torch.stack(s), torch.stack(e)
+        same.append(gradients(formula, tensors, dy))
+        exact.append(gradients(formula, [t.double() for t in tensors], dy.double()))
+    for i, name in enumerate(["y", "dx", "da", "db", "dbias"]):
+        g, s, e = (torch.stack([run[i] for run in runs]) for runs in (got, same, exact))
         assert g.dtype == s.dtype, f"{name}: {g.dtype}, expected {s.dtype}"
         assert_as_accurate(name, g, s, e)
 
@@ -170,7 +172,7 @@ def test_only_the_gradients_asked_for(monkeypatch):
 
 
 def test_update_leaves_the_base_alone_and_takes_its_dtype():
-    x, w, a, b, _ = make(5, 6, 9, 3, torch.bfloat16)
+    x, _, a, b, _ = make(5, 6, 9, 3, torch.bfloat16)
     base = torch.randn(5, 6)
     before = base.clone()
     y = functional.lora_update(base, x, a, b, 2.0)
@@ -235,8 +237,8 @@ class TestDropoutBits:
 
     @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
     def test_statistics(self, p):
-        """Rate over all, per row and per column, and no correlation along rows, columns, or between the lanes of a word: all
-        within five standard deviations of independent draws, and no pair of rows more alike than torch's own draws make them."""
+        """Rate over all, per row and per column, and no correlation along rows, columns, or between the lanes of a word:
+        within five standard deviations of independent draws, and no pair of rows more alike than in torch's own draws."""
         M, K = 2000, 1024
 
         def standardized(keep):

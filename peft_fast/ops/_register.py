@@ -19,10 +19,10 @@ def register(
 ) -> torch._ops.OpOverload:
     """Define ``peft_fast::<schema>`` and return its overload.
 
-    The schema's last argument is ``str implementation``. ``resolve`` turns it into the implementation of this call when the op
-    runs, not when it is traced, so that one compiled graph serves all sizes: "torch" runs ``reference`` with the other
-    arguments, anything else the launcher. ``kernel`` is "module:function", imported at the first launch, so that
-    ``import peft_fast`` needs no triton.
+    The schema's last argument is ``str implementation``. ``resolve`` turns it into the implementation of this call
+    when the op runs, not when it is traced, so that one compiled graph serves all sizes: "torch" runs ``reference``
+    with the other arguments, anything else the launcher. ``kernel`` is "module:function", imported at the first
+    launch, so that ``import peft_fast`` needs no triton.
     """
     name = schema[: schema.index("(")]
     module, function = kernel.split(":")

@@ -1,7 +1,7 @@
 """Public functions on tensors: check, cast under autocast, choose an implementation, run.
 
-``y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T`` for a base that is understood (``lora_linear``) or for the output of one
-that is not (``lora_update``).
+``y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T`` for a base that is understood (``lora_linear``) or for the
+output of one that is not (``lora_update``).
 """
 
 import torch
@@ -38,27 +38,29 @@ def lora_linear(
         scaling: dimensionless, alpha / r (alpha / sqrt(r) for rsLoRA).
         bias: (N,) or None; gets a gradient if it asks for one.
         dropout_p: probability in [0, 1) that an element of x is dropped on the low-rank path.
-        seed: (1,) int64 on x's device, see ``new_seed``; the mask is a pure function of it. Required when dropout_p > 0.
+        seed: (1,) int64 on x's device, see ``new_seed``; the mask is a pure function of it. Needed if dropout_p > 0.
         implementation: one of ``IMPLEMENTATIONS``; None means the environment variable PEFT_FAST_LORA, else "auto".
     Returns: (..., N) in x.dtype (the autocast dtype under autocast, as ``torch.nn.functional.linear``).
-    Raises: ValueError on shapes that disagree, a weight that requires grad, a bad dropout_p or an unknown implementation;
-        TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
+    Raises: ValueError on shapes that disagree, a weight that requires grad, a bad dropout_p or an unknown
+        implementation; TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
     if w.requires_grad:
-        raise ValueError("lora_linear: w requires grad, but the fused op gives it none; freeze it or use lora_update(base, ...)")
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
+        raise ValueError(
+            "lora_linear: w requires grad, but the op gives it none; freeze it or use lora_update(base, ...)"
+        )
     N = w.shape[0]
     _check("lora_linear", x, a, b, N, dropout_p, seed)
     if w.shape != (N, x.shape[-1]):
-        raise ValueError(f"lora_linear: x (..., K) and w (N, K) must share K, got {tuple(x.shape)} and {tuple(w.shape)}")
-    if w.dtype != x.dtype:
-        raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
+        raise ValueError(f"lora_linear: x (..., K) and w (N, K) must share K, got {_sizes(x, w)}")
     name = requested("lora_linear", implementation)
     if name == "peft":
         return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
+    if w.dtype != x.dtype:
+        raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
     if _plain_inference(x, dropout_p, name):
         return reference.lora_linear(x, w, bias, a, b, scaling)
     args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
@@ -85,17 +87,16 @@ def lora_update(
     Returns: (..., N), a new tensor.
     Raises: as ``lora_linear``.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
     N = base.shape[-1]
     _check("lora_update", x, a, b, N, dropout_p, seed)
     if base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
-            f"lora_update: base (..., N) and x (..., K) must share their leading sizes, got {tuple(base.shape)} and {tuple(x.shape)}"
+            f"lora_update: base (..., N) and x (..., K) must share their leading sizes, got {_sizes(base, x)}"
         )
     name = requested("lora_update", implementation)
     if name == "peft":
         return _peft_update(base, x, a, b, scaling, dropout_p)
+    x = x.to(_autocast_dtype(x) or x.dtype)
     if _plain_inference(x, dropout_p, name):
         return reference.lora_update(base, x, a, b, scaling)
     args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
@@ -104,15 +105,15 @@ def lora_update(
 
 
 def new_seed(device: torch.device | str) -> Tensor:
-    """Draw a (1,) int64 seed on ``device`` from torch's generator: repeatable after ``torch.manual_seed``, restored by activation
-    checkpointing, and drawn anew at each replay of a CUDA graph."""
+    """Draw a (1,) int64 seed on ``device`` from torch's generator: repeatable after ``torch.manual_seed``, restored by
+    activation checkpointing, and drawn anew at each replay of a CUDA graph."""
     return torch.randint(0, 2**63 - 1, (1,), device=device)
 
 
 def _check(op: str, x: Tensor, a: Tensor, b: Tensor, N: int, p: float, seed: Tensor | None) -> None:
     K, R = x.shape[-1], a.shape[0]
     if a.ndim != 2 or a.shape[1] != K:
-        raise ValueError(f"{op}: x (..., K) and a (R, K) must share K, got {tuple(x.shape)} and {tuple(a.shape)}")
+        raise ValueError(f"{op}: x (..., K) and a (R, K) must share K, got {_sizes(x, a)}")
     if b.shape != (N, R):
         raise ValueError(f"{op}: b must be (N, R) = ({N}, {R}), got {tuple(b.shape)}")
     if x.dtype not in _FLOATS or a.dtype not in _FLOATS or b.dtype not in _FLOATS:
@@ -123,8 +124,20 @@ def _check(op: str, x: Tensor, a: Tensor, b: Tensor, N: int, p: float, seed: Ten
         raise ValueError(f"{op}: dropout_p = {p} needs seed, a (1,) int64 tensor on {x.device}: new_seed(x.device)")
 
 
+def _sizes(first: Tensor, second: Tensor) -> str:
+    return f"{tuple(first.shape)} and {tuple(second.shape)}"
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants for a matrix product on x, or None; it leaves fp64 alone."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def _plain_inference(x: Tensor, p: float, name: str) -> bool:
-    """Whether plain torch can be called with no operator around it, which costs more than the update of a single token."""
+    """Whether plain torch can be called with no operator around it, which costs more than one token's update."""
     return (
         p == 0
         and (name == "torch" or (name == "auto" and x.device.type == "cpu"))

@@ -47,8 +47,8 @@ update_fwd = register(
     resolve=lambda base, x, a, b, scaling, p, seed, implementation: _resolve(x, b.shape[0], a, p, implementation),
 )
 linear_bwd = register(
-    "lora_linear_bwd(Tensor dy, Tensor x, Tensor? w, Tensor a, Tensor b, Tensor s, Tensor bits, float scaling, float p, "
-    "bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
+    "lora_linear_bwd(Tensor dy, Tensor x, Tensor? w, Tensor a, Tensor b, Tensor s, Tensor bits, float scaling, "
+    "float p, bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
     kernel="csrc_triton.lora_linear_bwd:lora_linear_bwd",
     reference=reference.lora_linear_bwd,
     fake=_bwd_fake,
@@ -101,9 +101,7 @@ class LoraUpdate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, a, b, s, bits = ctx.saved_tensors
         need_base, *needs = ctx.needs_input_grad[:4]
-        dx, da, db = linear_bwd(
-            dy.to(x.dtype), x, None, a, b, s, bits, ctx.scaling, ctx.p, needs, ctx.implementation
-        )
+        dx, da, db = linear_bwd(dy.to(x.dtype), x, None, a, b, s, bits, ctx.scaling, ctx.p, needs, ctx.implementation)
         gradients = [_given(d, need) for d, need in zip((dx, da, db), needs, strict=True)]
         return _given(dy, need_base), *gradients, None, None, None, None
 
