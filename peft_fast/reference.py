@@ -61,7 +61,7 @@ def lora_linear_bwd(
     p: float,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (dx, da, db), da and db in the dtype of a and b; one not asked for by ``needs`` is an empty (0,) tensor."""
+    """Return (dx, da, db), da and db in the dtype of a and b; one that is not needed is an empty (0,) tensor."""
     need_dx, need_da, need_db = needs
     dx, da, db = (t.new_empty(0) for t in (x, a, b))
     scale = scaling / (1.0 - p)

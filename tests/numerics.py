@@ -5,8 +5,8 @@ from torch import Tensor
 
 
 def assert_as_accurate(name: str, out: Tensor, same: Tensor, exact: Tensor, factor: float = 2.0) -> None:
-    """Fail unless out's largest error against the fp64 ``exact`` is at most ``factor`` times that of ``same`` (plain torch
-    in out's own dtype) plus one rounding of the largest value."""
+    """Fail unless out's largest error against the fp64 ``exact`` is at most ``factor`` times that of ``same`` (plain
+    torch in out's own dtype) plus one rounding of the largest value."""
     assert out.shape == exact.shape, f"{name}: shape {tuple(out.shape)}, expected {tuple(exact.shape)}"
     if out.numel() == 0:
         return

@@ -1,4 +1,4 @@
-"""lora_linear and lora_update against fp64, output and every gradient, on the reference path (kernels: interpreter/)."""
+"""lora_linear and lora_update against fp64, output and every gradient, on the reference path (kernels: interpreter)."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ def gradients(fn, tensors, dy):
 
 
 def check(fn, draw, scaling, p=0.0, seed=None):
-    """Compare fn with the formula over several draws together: with one value in the output, plain torch may be lucky."""
+    """Compare fn with the formula over several draws together: with one output value, plain torch may be lucky."""
 
     def formula(x, w, a, b, bias):
         keep = keep_of(x.reshape(-1, x.shape[-1]), p, seed).view(x.shape)
@@ -237,8 +237,8 @@ class TestDropoutBits:
 
     @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
     def test_statistics(self, p):
-        """Rate over all, per row and per column, and no correlation along rows, columns, or between the lanes of a word:
-        within five standard deviations of independent draws, and no pair of rows more alike than in torch's own draws."""
+        """Rate over all, per row and per column, and no correlation along rows, columns, or between a word's lanes,
+        within five standard deviations of independent draws, and no two rows more alike than in torch's own draws."""
         M, K = 2000, 1024
 
         def standardized(keep):

@@ -47,7 +47,7 @@ def lora_linear(
     """
     if w.requires_grad:
         raise ValueError(
-            "lora_linear: w requires grad, but the op gives it none; freeze it or use lora_update(base, ...)"
+            "lora_linear: w requires grad, but gets none here; freeze it or use lora_update(base, ...)"
         )
     N = w.shape[0]
     _check("lora_linear", x, a, b, N, dropout_p, seed)
