@@ -1,5 +1,7 @@
 """Adapter directories: names and paths, validated reading, atomic writing. Knows tensors, never modules or configs."""
+
 from .atomic import locate, recover
+from .hub import find_adapter
 from .names import (
     CONFIG_NAME,
     SAFETENSORS_WEIGHTS_NAME,
@@ -25,6 +27,7 @@ __all__ = [
     "check_ranks",
     "check_tensors",
     "config_json",
+    "find_adapter",
     "locate",
     "open_bin",
     "open_safetensors",

@@ -13,6 +13,7 @@ Two ways, chosen by what the directory holds:
 Every file is synced before the commit, every directory whose entries changed after it. Staging folders left by killed
 saves are recognised by the lock that their owner no longer holds, and removed by the next save.
 """
+
 from __future__ import annotations
 
 import contextlib

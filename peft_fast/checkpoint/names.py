@@ -3,6 +3,7 @@
 An adapter's name becomes a key of torch containers and the name of a folder; both come from files and requests that
 the library does not control, so a name is checked before it is used for either.
 """
+
 from __future__ import annotations
 
 import os

@@ -4,12 +4,14 @@ A directory is data. Nothing in it is imported or executed: a config is JSON of 
 file (or a legacy pickle, through torch's weights_only unpickler). Header and data are read through one handle, so that
 the data that is loaded is the data that was checked. Every error is a ValueError that names adapter and file.
 """
+
 from __future__ import annotations
 
 import json
 import math
 import os
 import pickle
+import re
 import stat
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -47,6 +49,33 @@ class WeightsFile:
         self.tensors = dict(tensors)
         self.where = describe(path, adapter_name)
         self._read = read
+        self._stored_name: dict[str, str] = {}  # where `rename` changed it
+
+    def rename(self, key_mapping: Mapping[str, str] | None) -> None:
+        """Apply the caller's pattern -> replacement to names without their "base_model.model."; the first match counts.
+
+        Raises: ValueError if a name has no such prefix, or two tensors get one name.
+        """
+        if not key_mapping:
+            return
+        stored: dict[str, str] = {}
+        for name in self.tensors:
+            prefix = next((p for p in ("base_model.model.", "base_model.") if name.startswith(p)), None)
+            if prefix is None:
+                raise ValueError(f"{self.where}: key_mapping needs names with 'base_model.', got tensor {name!r}")
+            new = name.removeprefix(prefix)
+            for pattern, replacement in key_mapping.items():
+                new, count = re.subn(pattern, replacement, new)
+                if count:
+                    break
+            if prefix + new in stored:
+                raise ValueError(
+                    f"{self.where}: key_mapping gives tensors {stored[prefix + new]!r} and {name!r} the same name "
+                    f"{prefix + new!r}"
+                )
+            stored[prefix + new] = name
+        self.tensors = {new: self.tensors[name] for new, name in stored.items()}
+        self._stored_name = stored
 
     def load(self, device: str | torch.device = "cpu", names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors (all, or `names`) on `device`, owning their memory: later changes of the file do not show.
@@ -57,7 +86,7 @@ class WeightsFile:
         for name in self.tensors if names is None else names:
             try:
                 # The handle gives views of the mapped file, which another program may change or cut off.
-                loaded[name] = self._read(name).detach().to(device, copy=True)
+                loaded[name] = self._read(self._stored_name.get(name, name)).detach().to(device, copy=True)
             except SafetensorError as error:
                 raise ValueError(f"{self.where}: tensor {name!r} cannot be read: {error}") from error
         return loaded

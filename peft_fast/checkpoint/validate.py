@@ -1,4 +1,5 @@
 """Checks of an adapter's config and weights. Everything but `check_finite` needs the header only."""
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Writing an adapter directory in PEFT's format, all files at once."""
+
 from __future__ import annotations
 
 import json

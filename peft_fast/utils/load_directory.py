@@ -1,0 +1,158 @@
+"""Loading an adapter directory that nobody vouches for into a model: the strict way."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _IncompatibleKeys
+
+from ..checkpoint import (
+    CheckedNames,
+    TensorInfo,
+    WeightsFile,
+    check_config,
+    check_finite,
+    check_ranks,
+    check_tensors,
+    open_weights,
+    tensor_info,
+)
+from ._survey import (
+    Slot,
+    Survey,
+    bias_names,
+    checked_config,
+    embedding_layers,
+    embedding_names,
+    join,
+    missing_prefix,
+    move_to_base_layers,
+    survey_adapter,
+    warn_mismatched,
+)
+
+
+def check_adapter_directory(
+    directory: str | os.PathLike[str],
+    config: Any,
+    *,
+    adapter_name: str | None = None,
+    ignore_mismatched_sizes: bool = False,
+) -> WeightsFile:
+    """Check a local adapter directory against its config BEFORE anything is injected; reads the header only.
+
+    Call it with the config that will be injected, then inject, then `load_adapter_weights`. After it, injecting cannot
+    allocate more than the file's own ranks and sizes justify (`r=10**9` is refused here).
+
+    Returns: the opened weights. Raises: ValueError for a malformed file or numbers in the config that are not finite;
+    RuntimeError ("size mismatch") for ranks that the config does not allow.
+    """
+    weights = open_weights(directory, adapter_name=adapter_name)
+    check_config(config, weights.where)
+    check_ranks(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    return weights
+
+
+def load_adapter_weights(
+    model: Any,
+    directory: str | os.PathLike[str],
+    adapter_name: str,
+    config: Any = None,
+    *,
+    strict: bool = False,
+    ignore_mismatched_sizes: bool = False,
+    device: str | torch.device | None = None,
+    low_cpu_mem_usage: bool = False,
+    key_mapping: Mapping[str, str] | None = None,
+) -> _IncompatibleKeys:
+    """Load the weights of a local directory into an adapter that was injected; PEFT's loading made strict.
+
+    Everything is checked before the first weight is written: on an error the model's weights are as they were, and
+    the caller removes the adapter again. Only the adapter's own weights are written, and the base weights that PEFT's
+    files may bring: biases if `config.bias` is not "none", and input and output embeddings.
+
+    Args:
+        directory: what `find_adapter` returned. config: the adapter's, None takes `model.peft_config[adapter_name]`.
+        strict: raise for missing weights instead of warning.
+        device: where the data is read to before it is copied; tensors of a meta adapter stay there until they are
+            moved to their base layers. None: CPU.
+        low_cpu_mem_usage: the adapter was injected on the meta device.
+        key_mapping: pattern -> replacement for the names in the file, as in `load_peft_weights`.
+    Returns: (missing_keys, []): the adapter's keys that the file lacks; PEFT's warning about them has been given.
+    Raises: RuntimeError ("size mismatch") for shapes; ValueError for everything else that is wrong with the files.
+    """
+    config = checked_config(model, adapter_name) if config is None else config
+    weights = check_adapter_directory(
+        directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
+    weights.rename(key_mapping)
+    survey = survey_adapter(model, adapter_name)
+    prefix = missing_prefix(survey, weights.tensors)
+    own = {prefix + name: slot for name, slot in survey.own.items()}
+    optional = {prefix + name: slot for name, slot in _optional_names(model, config, survey).items()}
+    base = {prefix + name for slot in survey.base.values() for name in (slot.key, slot.bare)}
+    checked = check_tensors(
+        weights,
+        _infos(own),
+        _infos(optional),
+        is_base_weight=base.__contains__,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
+    missing = _report_missing(checked, own, weights.where, adapter_name, strict)
+    # PEFT writes some tensors twice: the second name is checked, its data is not needed
+    wanted = [name for name in checked.accepted if name.removeprefix(prefix) not in survey.duplicates]
+    tensors = weights.load("cpu" if device is None else device, wanted)
+    check_finite(tensors, weights.where)
+    for name, tensor in tensors.items():
+        (own.get(name) or optional[name]).write(tensor)
+    if low_cpu_mem_usage:
+        move_to_base_layers(survey, adapter_name)
+    warn_mismatched(model, checked.mismatched)
+    return _IncompatibleKeys(missing, [])
+
+
+def _infos(slots: Mapping[str, Slot]) -> dict[str, TensorInfo]:
+    return {name: tensor_info(slot.tensor) for name, slot in slots.items()}
+
+
+def _optional_names(model: Any, config: Any, survey: Survey) -> dict[str, Slot]:
+    """Base weights that a file may bring, under every name that PEFT gives them.
+
+    The name depends on which adapters the layer carried when the file was written: `x.bias` or `x.base_layer.bias`.
+    """
+    slots = dict(bias_names(survey, "all")) if getattr(config, "bias", "none") != "none" else {}
+    for layer in embedding_layers(model) or []:
+        slots.update(embedding_names(survey, layer))
+    names = dict(slots)
+    for slot in slots.values():
+        if slot.bare:
+            parent, _, attribute = slot.bare.rpartition(".")
+            names.setdefault(slot.bare, slot)
+            names.setdefault(join(parent, "base_layer", attribute), slot)
+    return names
+
+
+def _report_missing(
+    checked: CheckedNames, own: Mapping[str, Slot], where: str, adapter_name: str, strict: bool
+) -> list[str]:
+    """Warn about (strict: refuse) what the file lacks; what has no data at all without it is refused in any case."""
+    missing = [own[name].key for name in checked.missing]
+    lacking = [*checked.missing, *(name for name, _, _ in checked.mismatched)]
+    empty = [own[name].key for name in lacking if name in own and own[name].tensor.is_meta]
+    message = f"Found missing adapter keys while loading the checkpoint: {missing}."
+    if empty:
+        raise ValueError(
+            f"{where}: {message} With low_cpu_mem_usage=True there is nothing to start from for {empty[:5]}; load with "
+            "low_cpu_mem_usage=False."
+        )
+    if missing and strict:
+        raise ValueError(f"{where}: {message} strict=True needs all of them.")
+    if missing:
+        if adapter_name in "lora_":
+            message = f"Adapter name {adapter_name!r} is part of the prefix 'lora_', choose another one. {message}"
+        warnings.warn(message, stacklevel=3)
+    return missing
