@@ -1,0 +1,1 @@
+"""The methods: one folder or file each, on the base classes of `tuners_utils`."""

@@ -1,0 +1,280 @@
+"""Helpers on modules that the tuners, the models and the files share, under PEFT's names."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ._wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_layer_requires_grad, as_names
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "ModulesToSaveWrapper",
+    "Site",
+    "_freeze_adapter",
+    "_get_batch_size",
+    "_get_input_embeddings_name",
+    "_get_module_names_tied_with_embedding",
+    "_get_submodules",
+    "_get_submodules_with_grandparent",
+    "_is_valid_match",
+    "_set_adapter",
+    "_set_layer_requires_grad",
+    "_set_trainable",
+    "as_names",
+    "cast_mixed_precision_params",
+    "get_quantization_config",
+    "id_tensor_storage",
+    "infer_device",
+    "set_additional_trainable_modules",
+    "shift_tokens_right",
+    "transpose",
+    "walk",
+]
+
+
+class Site(NamedTuple):
+    """A module and the place it hangs at; the root has neither parent nor child name."""
+
+    name: str
+    module: nn.Module
+    parent: nn.Module | None
+    child_name: str
+
+
+def walk(
+    model: nn.Module, through: Literal["nothing", "base", "all"] = "all", remove_duplicate: bool = True
+) -> Iterator[Site]:
+    """The modules of a model, parents first, without the insides of its adapters: the time does not grow with their
+    number.
+
+    Args:
+        model: any module.
+        through: what is visited inside an adapter layer or a `modules_to_save` wrapper, both of which are always
+            visited
+            themselves: "nothing"; "base", the module of the base model in them; "all", the trained copies of wrappers
+                too.
+        remove_duplicate: visit a module that hangs at several places once, as `nn.Module.named_modules`.
+    Yields: `Site`s, in the order of `named_modules`.
+    """
+    stack = [Site("", model, None, "")]
+    seen: set[nn.Module] = set()
+    while stack:
+        site = stack.pop()
+        module = site.module
+        if remove_duplicate:
+            if module in seen:
+                continue
+            seen.add(module)
+        yield site
+        # looked up after the yield: a caller may have replaced children
+        children = module._modules
+        if hasattr(type(module), "adapter_layer_names"):
+            if through == "nothing":
+                continue
+            if through == "base" or "base_layer" in children:
+                children = {key: children[key] for key in ("base_layer", "original_module") if key in children}
+        prefix = site.name + "." if site.name else ""
+        for key, child in reversed(children.items()):
+            if child is not None:
+                stack.append(Site(prefix + key, child, module, key))
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    """(parent, module, the module's name in its parent) for a dotted name."""
+    parent_name, _, target_name = key.rpartition(".")
+    return model.get_submodule(parent_name), model.get_submodule(key), target_name
+
+
+def _get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module | None, nn.Module, str]:
+    """(parent, grandparent or None, module, the module's name in its parent) for a dotted name."""
+    parent, target, target_name = _get_submodules(model, key)
+    parts = key.split(".")
+    grandparent = model.get_submodule(".".join(parts[:-2])) if len(parts) > 1 else None
+    return parent, grandparent, target, target_name
+
+
+def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+    """Dotted name of the input embeddings; `default` where the model does not tell or they are not found."""
+    if not hasattr(model, "get_input_embeddings"):
+        return default
+    embeddings = model.get_input_embeddings()
+    return next((name for name, module in model.named_modules() if module is embeddings), default)
+
+
+def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
+    """Names (relative to the base model) of the modules that share their weight with the input embeddings, sorted.
+
+    Empty where `config.tie_word_embeddings` is False or the model declares no `_tied_weights_keys`.
+    Raises: ValueError if the model declares a mapping of tied weights but cannot tell its input embeddings.
+    """
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    if hasattr(model, "tuner_layer_cls"):
+        model = model.model  # type: ignore[assignment]
+    declared = getattr(model, "_tied_weights_keys", None)
+    if not declared or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
+        return []
+    if not isinstance(declared, Mapping):  # a plain list of parameter names: models that transformers does not manage
+        return sorted({name.rpartition(".")[0] for name in declared})
+    if not hasattr(model, "get_input_embeddings"):
+        raise ValueError(
+            f"{type(model).__name__} declares `_tied_weights_keys` as a mapping but has no `get_input_embeddings`, "
+            "so which "
+            "weights are tied to the embeddings cannot be told. Add that method."
+        )
+    embeddings = model.get_input_embeddings()
+    shared, own = set(embeddings.parameters()), set(embeddings.modules())
+    return sorted(
+        site.name
+        for site in walk(model, "base", remove_duplicate=False)
+        if site.module not in own and not shared.isdisjoint(site.module.parameters(recurse=False))
+    )
+
+
+def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
+    """Freeze every parameter that has the adapter's name in its own name."""
+    for name, parameter in model.named_parameters():
+        if adapter_name in name.split("."):
+            parameter.requires_grad = False
+
+
+def _set_trainable(
+    model: nn.Module,
+    adapter_name: str,
+    module_names: Iterable[str] | None,
+    inference_mode: bool,
+    strict_module_check: bool = False,
+    wrapper_cls: type[AuxiliaryTrainingWrapper] | None = None,
+    activate_adapter: bool = True,
+    **wrapper_kwargs: Any,
+) -> list[AuxiliaryTrainingWrapper] | None:
+    """Wrap the modules whose name ends with one of `module_names`, so that the adapter trains them whole.
+
+    Args:
+        model: the base model, changed in place. A module that is wrapped already gets one more adapter.
+        module_names: endings of module names.
+        inference_mode: an activated copy is frozen.
+        strict_module_check: it is an error if no module is found.
+        wrapper_cls: `ModulesToSaveWrapper` unless told otherwise; `wrapper_kwargs` are its arguments.
+        activate_adapter: the adapter becomes the active one of these modules; otherwise they stay as they are.
+    Returns: the new wrappers; None without module names.
+    Raises: ValueError if a name is the adapter's own, or (strict) if nothing is found; TypeError for a module that
+        cannot be wrapped.
+    """
+    wrapper_cls = wrapper_cls or ModulesToSaveWrapper
+    endings = tuple(module_names or ())
+    if not endings:
+        return None
+    found, wrappers = False, []
+    for site in list(walk(model, "base", remove_duplicate=False)):
+        if "base_layer" in site.module._modules and adapter_name.endswith(endings):
+            raise ValueError(
+                f"modules_to_save={sorted(endings)} targets the insides of the adapter layer {site.name!r}, whose "
+                "parts are called "
+                f"{adapter_name!r} after the adapter. Rename the adapter or the entry."
+            )
+        if site.parent is None or not site.name.endswith(endings):
+            continue
+        found = True
+        wrapper = site.module
+        if isinstance(wrapper, wrapper_cls):
+            wrapper.update(adapter_name, **wrapper_kwargs)
+        else:
+            wrapper = wrapper_cls(wrapper, adapter_name, **wrapper_kwargs)
+            setattr(site.parent, site.child_name, wrapper)
+            wrappers.append(wrapper)
+            wrapper.set_adapter([])
+        if activate_adapter:
+            wrapper.set_adapter(adapter_name, inference_mode=inference_mode)
+    if strict_module_check and not found:
+        raise ValueError(
+            f"Target modules {set(endings)} not found in the base model. Please check the target modules and try again."
+        )
+    return wrappers
+
+
+def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+    """Activate the adapter(s) in every wrapper that has one of them, and the original module in the others.
+
+    Raises: ValueError if two of them train the same module; nothing has changed then.
+    """
+    wrappers = [site.module for site in walk(model) if isinstance(site.module, AuxiliaryTrainingWrapper)]
+    chosen = [wrapper.check_set_adapter(adapter_name) for wrapper in wrappers]
+    for wrapper, name in zip(wrappers, chosen, strict=True):
+        wrapper.set_adapter([] if name is None else name, inference_mode=inference_mode)
+
+
+def set_additional_trainable_modules(
+    model: nn.Module, peft_config: Any, model_config: Any, adapter_name: str, activate_adapter: bool = True
+) -> None:
+    """Wrap what the config asks to train beside the adapter: `modules_to_save`.
+
+    Raises: as `_set_trainable`; ValueError for `trainable_token_indices`.
+    """
+    if getattr(peft_config, "trainable_token_indices", None) is not None:
+        raise ValueError("trainable_token_indices is not supported by peft_fast yet; leave it at None")
+    _set_trainable(
+        model,
+        adapter_name,
+        module_names=getattr(peft_config, "modules_to_save", None),
+        inference_mode=peft_config.inference_mode,
+        activate_adapter=activate_adapter,
+    )
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """weight.T for a layer that stores (in, out), weight itself otherwise; a Parameter stays one."""
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T) if isinstance(weight, nn.Parameter) else weight.T
+
+
+def _is_valid_match(key: str, target_key: str) -> bool:
+    """Whether `target_key` is the dotted name `key` or its last components."""
+    return key == target_key or key.endswith("." + target_key)
+
+
+def _get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """Rows of the batch. Raises: ValueError if both are None."""
+    inputs = inputs_embeds if input_ids is None else input_ids
+    if inputs is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    return inputs.shape[0]
+
+
+def infer_device() -> str:
+    """The accelerator of this machine as torch calls it ("cuda", "xpu", "mps", ...), else "cpu"."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if accelerator is None else accelerator.type
+
+
+def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
+    """Decoder inputs made of labels (B, T): the start token, then all but the last; -100 becomes the padding token.
+
+    Raises: ValueError if `pad_token_id` is None.
+    """
+    if pad_token_id is None:
+        raise ValueError("shift_tokens_right: pad_token_id is None; give the model's config one")
+    shifted = torch.cat([torch.full_like(input_ids[:, :1], decoder_start_token_id), input_ids[:, :-1]], dim=1)
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast frozen parameters to `dtype` and trainable ones to float32, in place."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What identifies a tensor's storage (device, address, bytes): equal for two tensors that share all of it."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """`model.config.quantization_config` if the model is quantized by `method`, else None."""
+    if getattr(model, "quantization_method", None) != method:
+        return None
+    return getattr(getattr(model, "config", None), "quantization_config", None)
