@@ -2,7 +2,7 @@
 
 import os
 
-# Set before a test module imports torch or transformers. The suite never leaves the machine: what asks a hub fails at once.
+# Set before a test module imports torch or transformers. The suite stays on the machine: asking a hub fails at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -93,7 +93,9 @@ print(json.dumps([seconds, with_names, sorted(set(sys.modules) - before)]))
 
 def test_works_without_triton_and_bitsandbytes(tmp_path: Path) -> None:
     """LoRA forward, backward, optimizer step, save and load on a CPU, as on a machine that has neither."""
-    code = ABSENT.replace("{names}", repr({"triton", "bitsandbytes", "peft", "accelerate", "matplotlib"})) + """
+    code = (
+        ABSENT.replace("{names}", repr({"triton", "bitsandbytes", "peft", "accelerate", "matplotlib"}))
+        + """
 import importlib.util
 import torch
 if importlib.util.find_spec("triton") or importlib.util.find_spec("bitsandbytes"): raise SystemExit("not blocked")
@@ -128,4 +130,5 @@ import sys
 loaded = [name for name in ("triton", "bitsandbytes", "peft", "csrc_triton") if name in sys.modules]
 print("loaded:", loaded)
 """.replace("OUT", repr(str(tmp_path)))
+    )
     assert run_python(code).splitlines()[-1] == "loaded: []"

@@ -1,6 +1,6 @@
-"""Real text that every machine has: the docstrings of Python's standard library, labelled by package, and pydoc's topics.
+"""Real text that every machine has: the docstrings of Python's standard library, by package, and pydoc's topics.
 
-Sources are read with `ast`, never imported: importing some of the standard library opens windows, browsers or prints poems.
+Sources are read with `ast`, never imported: importing some of the standard library opens browsers or prints poems.
 Text becomes bytes, one token each (vocabulary 256, no tokenizer file); byte 0 ends a docstring.
 """
 

@@ -1,0 +1,82 @@
+"""`peft-fast check`: everything about an adapter directory that can be wrong, found before it is used."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import CONFIG_NAME, WeightsFile, check_finite, check_ranks, open_weights, read_config
+from .errors import CommandError
+
+
+def report(adapter: Path, base: str | None = None) -> str:
+    """Validate the directory and say in a few lines what is in it.
+
+    Args:
+        base: directory or hub name of the base model. Its config is enough: the model is laid out without memory, and
+            every weight of the adapter has to find its place in it, with none missing.
+    Raises: ValueError or RuntimeError of the checkpoint functions, naming file, tensor, expected and got.
+    """
+    if not adapter.is_dir():
+        raise CommandError(f"{adapter}: expected a directory with {CONFIG_NAME}, found {_what(adapter)}")
+    fields = read_config(adapter)
+    from peft_fast import PeftConfig
+
+    config = PeftConfig.from_pretrained(adapter)
+    weights = open_weights(adapter)
+    check_ranks(weights, config)
+    check_finite(weights.load(), weights.where)
+    lines = [
+        f"{adapter}: {fields['peft_type']}, task {config.task_type}, PEFT {fields.get('peft_version', '(unknown)')}",
+        f"base model: {config.base_model_name_or_path}",
+        _weights(weights),
+    ]
+    if base is None:
+        lines.append(
+            "good as far as a directory can be checked alone; --base MODEL compares it with the base model's shapes"
+        )
+    else:
+        lines.append(_fits(adapter, base, config))
+    return "\n".join(lines)
+
+
+def _what(path: Path) -> str:
+    return "a file" if path.exists() else "nothing"
+
+
+def _weights(weights: WeightsFile) -> str:
+    numbers = sum(_product(info.shape) for info in weights.tensors.values())
+    dtypes = ", ".join(sorted({info.dtype for info in weights.tensors.values()}))
+    return f"{weights.path.name}: {len(weights.tensors)} tensors, {numbers:,} numbers in {dtypes}, all finite"
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _fits(adapter: Path, base: str, config: Any) -> str:
+    """Load the adapter, strictly, into a base model of that shape on the meta device, which has no memory."""
+    import torch
+
+    from peft_fast import PeftModel
+
+    with torch.device("meta"):
+        model = _skeleton(base, config.task_type)
+    PeftModel.from_pretrained(model, adapter, config=config, low_cpu_mem_usage=True, torch_device="cpu", strict=True)
+    return f"fits {base}: every weight has its place, none is missing"
+
+
+def _skeleton(base: str, task_type: Any) -> Any:
+    """The base model's class for this task, made from its config alone."""
+    import transformers
+
+    classes = {
+        "CAUSAL_LM": transformers.AutoModelForCausalLM,
+        "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+        "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+        "TOKEN_CLS": transformers.AutoModelForTokenClassification,
+        "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
+    }
+    auto = classes.get(str(getattr(task_type, "value", task_type)), transformers.AutoModel)
+    return auto.from_config(transformers.AutoConfig.from_pretrained(base))
