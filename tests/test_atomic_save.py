@@ -28,7 +28,9 @@ STEPS = ("mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "chmod")
 
 def save(directory: Path, tag: int, **kwargs) -> None:
     """Save an adapter whose config and weights both carry `tag`."""
-    save_adapter(directory, {"peft_type": "LORA", "r": 2, "tag": tag}, {NAME: torch.full((2, 300), float(tag))}, **kwargs)
+    save_adapter(
+        directory, {"peft_type": "LORA", "r": 2, "tag": tag}, {NAME: torch.full((2, 300), float(tag))}, **kwargs
+    )
 
 
 def load(directory: Path) -> int:

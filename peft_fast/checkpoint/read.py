@@ -13,6 +13,7 @@ import os
 import pickle
 import re
 import stat
+import struct
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +29,14 @@ from .names import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 _MAX_CONFIG_BYTES = 16 * 2**20  # target_modules of a large mixture of experts, written out, is about 1 MB
 _KINDS = {"F64": "float", "F32": "float", "F16": "float", "BF16": "float", "BOOL": "bool", "C64": "complex"}
+
+# What torch's unpickler lets through for damaged files.
+_UNPICKLING_ERRORS = (
+    pickle.UnpicklingError,
+    struct.error,
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclass(frozen=True)
@@ -209,7 +218,7 @@ def _unpickle(path: Path, where: str) -> Any:
         mapped = file.read(4) == b"PK\x03\x04"
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except _UNPICKLING_ERRORS as error:
         raise ValueError(
             f"{where}: expected a pickled dictionary of tensors that weights_only accepts, got "
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -93,7 +93,9 @@ class Survey:
                 slot = Slot(join(name, key), module.get_submodule(owner), attribute)
                 self.auxiliary[join(name, file_key)] = slot
                 if key == f"modules_to_save.{adapter_name}.{file_key}":
-                    self.duplicates[join(name, f"modules_to_save.{file_key}")] = slot
+                    # PEFT takes the adapter's name out of a key only where one level follows it
+                    level = f"modules_to_save.{adapter_name}" if "." in file_key else "modules_to_save"
+                    self.duplicates[join(name, level, file_key)] = slot
             self.visit(module.original_module, join(name, "original_module"), bare, adapter_name)
         elif isinstance(module, BaseTunerLayer):
             self.tuner_layers[name] = module

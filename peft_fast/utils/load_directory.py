@@ -93,7 +93,8 @@ def load_adapter_weights(
     survey = survey_adapter(model, adapter_name)
     prefix = missing_prefix(survey, weights.tensors)
     own = {prefix + name: slot for name, slot in survey.own.items()}
-    optional = {prefix + name: slot for name, slot in _optional_names(model, config, survey).items()}
+    duplicates = _duplicates(weights, prefix, survey)
+    optional = {prefix + name: slot for name, slot in _optional_names(model, config, survey).items()} | duplicates
     base = {prefix + name for slot in survey.base.values() for name in (slot.key, slot.bare)}
     checked = check_tensors(
         weights,
@@ -104,7 +105,7 @@ def load_adapter_weights(
     )
     missing = _report_missing(checked, own, weights.where, adapter_name, strict)
     # PEFT writes some tensors twice: the second name is checked, its data is not needed
-    wanted = [name for name in checked.accepted if name.removeprefix(prefix) not in survey.duplicates]
+    wanted = [name for name in checked.accepted if name not in duplicates]
     tensors = weights.load("cpu" if device is None else device, wanted)
     check_finite(tensors, weights.where)
     for name, tensor in tensors.items():
@@ -134,6 +135,18 @@ def _optional_names(model: Any, config: Any, survey: Survey) -> dict[str, Slot]:
             names.setdefault(slot.bare, slot)
             names.setdefault(join(parent, "base_layer", attribute), slot)
     return names
+
+
+def _duplicates(weights: WeightsFile, prefix: str, survey: Survey) -> dict[str, Slot]:
+    """Second names of modules trained whole, `x.modules_to_save.weight` beside `x.weight`, that PEFT writes with
+    bias="all" or embeddings (for deep modules with the name of the adapter that was saved)."""
+    found = {}
+    for name in weights.tensors:
+        head, level, rest = name.removeprefix(prefix).partition(".modules_to_save.")
+        for path in (rest, rest.partition(".")[2]):
+            if level and join(head, path) in survey.auxiliary:
+                found[name] = survey.auxiliary[join(head, path)]
+    return found
 
 
 def _report_missing(

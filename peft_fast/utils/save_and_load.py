@@ -67,7 +67,9 @@ def get_peft_model_state_dict(
     names: dict[str, str] = {}
     own = {slot.key: name for name, slot in survey.layers.items()}
     names.update({own[key]: key for key in source if key in own})
+    position = {key: index for index, key in enumerate(source)}
     biases = bias_names(survey, getattr(config, "bias", "none"))
+    biases = dict(sorted(biases.items(), key=lambda entry: position.get(entry[1].key, 0)))
     for entries in (biases, survey.auxiliary, _embeddings_to_save(model, config, survey, save_embedding_layers)):
         for name, slot in entries.items():
             names.setdefault(name, slot.key)
