@@ -1,5 +1,4 @@
-"""What can be done to the adapters of any model that has adapter layers, whether or not a `BaseTuner` put them there.
-"""
+"""What can be done to the adapters of any model that has adapter layers, whoever put them there."""
 
 import warnings
 from collections.abc import Sequence

@@ -33,19 +33,22 @@ class BaseTunerLayer:
         layer: Any = self
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer
-        return layer
+        base_layer: nn.Module = layer
+        return base_layer
 
     @property
     def weight(self) -> Tensor:
         """The base layer's weight: some models read `layer.weight` (T5)."""
         base_layer: Any = self.get_base_layer()
-        return base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
+        weight: Tensor = base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
+        return weight
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
         base_layer: Any = self.get_base_layer()
-        return base_layer.bias
+        bias: Tensor | None = base_layer.bias
+        return bias
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the active (or the named) adapters into the base weight. `safe_merge` refuses a result that is not
@@ -91,7 +94,7 @@ class BaseTunerLayer:
     def _containers(self) -> list[Any]:
         """The ModuleDicts and ParameterDicts with weights."""
         candidates = (getattr(self, name) for name in self.adapter_layer_names)
-        return [entry for entry in candidates if isinstance(entry, nn.ModuleDict | nn.ParameterDict)]
+        return [entry for entry in candidates if _is_container(entry)]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Run with the active adapters, which become trainable (True), or without any, all of them frozen (False)."""
@@ -119,8 +122,7 @@ class BaseTunerLayer:
                     _set_layer_requires_grad(container[name], requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. Where it was the only active one, the first of the others becomes active, with a warning.
-        """
+        """Forget an adapter. Where it was the only active one, the first of the others becomes active: a warning."""
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             entries = getattr(self, attribute)
             if hasattr(entries, "keys") and adapter_name in entries:
@@ -149,8 +151,8 @@ class BaseTunerLayer:
             getattr(base_layer, "compute_dtype", None) or weight.dtype
         )  # bitsandbytes' layers say what they compute in
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            entries = getattr(self, attribute, None)
-            if not isinstance(entries, nn.ModuleDict | nn.ParameterDict) or adapter_name not in entries:
+            entries: Any = getattr(self, attribute, None)
+            if not _is_container(entries) or adapter_name not in entries:
                 continue
             entry: Any = entries[adapter_name]
             tensors = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
@@ -177,6 +179,10 @@ class BaseTunerLayer:
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be written as LoRA: it adds a matrix to the base weight."""
         return False
+
+
+def _is_container(entries: Any) -> bool:
+    return isinstance(entries, nn.ModuleDict | nn.ParameterDict)
 
 
 def warn_deleted_active(adapter_name: str, successors: Sequence[str]) -> None:

@@ -1,5 +1,4 @@
-"""One adapter's injection into a model: what it found, what it warns of, and how everything is put back when it fails.
-"""
+"""One adapter's injection: which modules it takes, what it warns of, how everything is put back when it fails."""
 
 import warnings
 from collections.abc import Iterable, Mapping
@@ -57,7 +56,7 @@ class Snapshot:
             if site.parent is not None and site.parent._modules.get(site.child_name) is not site.module:
                 setattr(site.parent, site.child_name, site.module)
         for module, active, disabled in self._states:
-            if not self.had_this_one and self.adapter_name in module._get_available_adapters():
+            if not self.had_this_one:
                 # it is not active, so no other adapter is chosen in its place
                 module._active_adapter = []
                 if isinstance(module, BaseTunerLayer):
@@ -149,10 +148,8 @@ def _no_match_message(config: Any, any_excluded: bool, any_unmatched: bool) -> s
     if any_excluded:
         message = (
             "No modules were targeted for adaptation. This might be caused by a combination of mismatched target "
-            "modules "
-            "and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. You may "
-            "also have "
-            "only targeted modules that are marked to be saved (`modules_to_save`)."
+            "modules and excluded modules. Please check your `target_modules` and `exclude_modules` configuration. "
+            "You may also have only targeted modules that are marked to be saved (`modules_to_save`)."
         )
     else:
         message = (

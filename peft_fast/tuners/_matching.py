@@ -105,8 +105,7 @@ class TargetMatcher:
         self.layers_patterns = [patterns] if isinstance(patterns, str) else list(patterns)
 
     def __call__(self, key: str) -> bool | _ExcludedModule:
-        """Whether the module `key` is a target; `_ExcludedModule` (which is false) if the config keeps adapters off it.
-        """
+        """Whether the module `key` is a target; `_ExcludedModule` (false too) if the config keeps adapters off it."""
         if self._chosen("exclude_modules", self.excluded, key):
             return _ExcludedModule()
         # what is trained whole, and what is inside it, is never adapted as well
@@ -187,7 +186,7 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (transformers is not None and isinstance(module, transformers.Conv1D))
 
 
-def resolve_all_linear(config: Any, model: nn.Module, sites: Iterable[Site]) -> None:
+def resolve_all_linear(config: Any, model: Any, sites: Iterable[Site]) -> None:
     """Replace target_modules="all-linear" by the names of all linear layers but the output embeddings and, for sequence
     classification, the head. Other values stay."""
     targets = getattr(config, "target_modules", None)

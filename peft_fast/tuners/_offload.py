@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 
 @contextmanager
@@ -13,8 +12,7 @@ def onload_layer(layer: Any) -> Iterator[None]:
     """Bring an adapter layer's weights to the device where it runs, and put them back afterwards.
 
     A base weight that was changed meanwhile is kept on the CPU from then on, also where it came from disk. Nothing
-    happens to
-    layers that accelerate does not manage.
+    happens to layers that accelerate does not manage.
     """
     hooked = [module for module in layer.modules() if getattr(getattr(module, "_hf_hook", None), "offload", False)]
     for module in hooked:
@@ -23,8 +21,8 @@ def onload_layer(layer: Any) -> Iterator[None]:
         yield
     finally:
         for module in hooked:
-            hook: Any = module._hf_hook
-            if module is not layer and isinstance(module, nn.Module) and getattr(layer, "base_layer", None) is module:
+            hook = module._hf_hook
+            if module is layer.base_layer:
                 tensors = [*module.named_parameters(), *module.named_buffers()]
                 hook.weights_map = {name: tensor.detach().to("cpu") for name, tensor in tensors}
             hook.post_forward(module, torch.tensor([]))

@@ -74,6 +74,8 @@ class BaseTuner(nn.Module):
     Raises: as `inject_adapter`; the model is as it was then.
     """
 
+    model: Any
+    peft_config: Any  # adapter name -> config
     prefix: str
     tuner_layer_cls: type[BaseTunerLayer]
     target_module_mapping: Mapping[str, list[str] | str]
@@ -87,21 +89,18 @@ class BaseTuner(nn.Module):
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.model: Any = model
+        self.model = model
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         configs = dict(peft_config) if isinstance(peft_config, dict) else {adapter_name: peft_config}
-        if hasattr(model, "peft_config"):
+        self.peft_config = getattr(model, "peft_config", None) or {}
+        if self.peft_config:
             warnings.warn(
-                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters in "
-                "the "
-                "model. Make sure to know what you are doing!",
+                "Already found a `peft_config` attribute in the model. This will lead to having multiple adapters "
+                "in the model. Make sure to know what you are doing!",
                 stacklevel=2,
             )
-            self.peft_config: dict[str, Any] = model.peft_config
-            self.peft_config.update(configs)
-        else:
-            self.peft_config = configs
+        self.peft_config.update(configs)
         self.active_adapter: str | list[str] = adapter_name
         self.inject_adapter(model, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict)
         self.model.peft_config = self.peft_config
@@ -128,7 +127,7 @@ class BaseTuner(nn.Module):
         adapter_name: str,
         target: nn.Module,
         target_name: str,
-        parent: nn.Module,
+        parent: Any,
         current_key: str,
         *,
         parameter_name: str | None = None,
@@ -189,8 +188,7 @@ class BaseTuner(nn.Module):
         Args:
             autocast_adapter_dtype: not used here, see `_cast_adapter_dtype`. Others: as the class.
         Raises: NoMatchingPeftModuleError (a ValueError) if nothing is targeted; ValueError for a config or a module
-            that the
-            method cannot do. The model, its adapters and `peft_config` are as they were then.
+            that the method cannot do. The model, its adapters and `peft_config` are as they were then.
         """
         config = self.peft_config[adapter_name]
         given_targets = getattr(config, "target_modules", None)
@@ -240,7 +238,7 @@ class BaseTuner(nn.Module):
                 )
         return [site.name for site in targets]
 
-    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+    def _mark_only_adapters_as_trainable(self, model: Any) -> None:
         """Freeze the base model; of its biases, train what the active adapters' `bias` says.
 
         Raises: NotImplementedError for an unknown `bias`.
@@ -263,8 +261,8 @@ class BaseTuner(nn.Module):
             else:
                 raise NotImplementedError(f"Requested bias: {bias}, is not implemented.")
             for owner in owners:
-                if owner._parameters.get("bias") is not None:
-                    owner._parameters["bias"].requires_grad = True
+                if (parameter := owner._parameters.get("bias")) is not None:
+                    parameter.requires_grad = True
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Hang `new_module` in the place of `child`."""
@@ -282,8 +280,10 @@ class BaseTuner(nn.Module):
         """The base model's config as a dict; {"model_type": "custom"} if it has none."""
         config = getattr(model, "config", DUMMY_MODEL_CONFIG)
         if hasattr(config, "to_dict"):
-            return config.to_dict()
-        return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config  # type: ignore[arg-type]
+            config = config.to_dict()
+        elif dataclasses.is_dataclass(config):
+            config = dataclasses.asdict(config)  # type: ignore[arg-type]
+        return config
 
     # ----------------------------------------------------------------------------------------------------- switching
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -314,8 +314,7 @@ class BaseTuner(nn.Module):
             if bias != "none":
                 warnings.warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the "
-                    "same output "
-                    "as the base model would without adaption.",
+                    "same output as the base model would without adaption.",
                     stacklevel=2,
                 )
         for module in adapted_modules(self.model):
@@ -341,8 +340,7 @@ class BaseTuner(nn.Module):
         """Add the active (or the named) adapters into the base weights; they are kept, and can be taken out again.
 
         Raises: what a layer's merge raises, for instance ValueError with `safe_merge` where the result is not finite.
-            The layers
-            that this call has merged are unmerged then.
+            The layers that this call has merged are unmerged then.
         """
         self._check_merge_allowed()
         merged: list[BaseTunerLayer] = []
@@ -400,14 +398,15 @@ class BaseTuner(nn.Module):
             if hasattr(child, "unload_and_optionally_merge_module"):
                 base = child.unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
             else:
-                base = child.get_base_layer()  # type: ignore[operator]
+                base = child.get_base_layer()
             if site.parent is not None:
                 setattr(site.parent, site.child_name, base)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         if merge:
             self._untie_config_if_weights_differ()
-        return self.model
+        model: nn.Module = self.model
+        return model
 
     def _untie_config_if_weights_differ(self) -> None:
         """A model whose embeddings are no longer tied must not be saved as one whose are."""
@@ -435,16 +434,13 @@ class BaseTuner(nn.Module):
         if tied_target_modules:
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the adapter. "
-                "Merging changes "
-                "the shared weight for both. To merge into one of them only, load the base model with "
-                "`tie_word_embeddings=False`, set `lm_head.weight` to a copy of the embeddings, save it, and use "
-                "that model.",
+                "Merging changes the shared weight for both. To merge into one of them only, load the base model "
+                "with `tie_word_embeddings=False`, set `lm_head.weight` to a copy of the embeddings, and save it.",
                 stacklevel=4,
             )
 
     def _check_tied_modules(self, model: nn.Module, peft_config: Any) -> None:
-        """Warn if a module with a tied weight is adapted or trained: the other one changes with it, or the tie breaks.
-        """
+        """Warn if a module with a tied weight is adapted or trained: merging changes the other, or unties them."""
         names = [*(getattr(peft_config, "modules_to_save", None) or [])]
         targets = getattr(peft_config, "target_modules", None) or []
         if isinstance(targets, str):
@@ -456,10 +452,9 @@ class BaseTuner(nn.Module):
         if hit and _get_module_names_tied_with_embedding(model):
             warnings.warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
-                "`ensure_weight_tying` is not "
-                "set to True. This can lead to complications, for example when merging the adapter or converting "
-                "your model to "
-                "formats other than safetensors. See https://github.com/huggingface/peft/issues/2777",
+                "`ensure_weight_tying` is not set to True. This can lead to complications, for example when merging "
+                "the adapter or converting your model to formats other than safetensors. "
+                "See https://github.com/huggingface/peft/issues/2777",
                 stacklevel=6,
             )
 

@@ -29,9 +29,8 @@ def as_names(adapter_names: str | Iterable[str]) -> list[str]:
 class AuxiliaryTrainingWrapper(nn.Module):
     """A module of the base model together with what adapters train in its place.
 
-    Subclasses say what is trained (`init_modules`, `update`) and how it runs (`_forward_wrapped`); attributes that
-    the wrapper
-    lacks are looked up on the trained module, or on the original where no adapter is active.
+    Subclasses say what is trained (`init_modules`, `update`) and what runs now (`_active_module`); attributes that the
+    wrapper lacks are looked up on that module.
 
     Args:
         module_to_save: the module that is wrapped; its parameters are frozen.
@@ -65,8 +64,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         return "training wrapper"
 
     def check_module(self) -> None:
-        """Refuse what cannot be wrapped: containers, which have no forward, and modules that carry adapters themselves.
-        """
+        """Refuse what cannot be wrapped: containers, which have no forward, and modules that carry adapters."""
         original = self.original_module
         if isinstance(original, _CONTAINERS) or hasattr(type(original), "adapter_layer_names"):
             raise TypeError(f"{self._error_message_name()} cannot be applied to modules of type {type(original)}")
@@ -140,8 +138,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
                     _set_layer_requires_grad(container[name], requires_grad)  # type: ignore[index]
 
     def adapter_state_dict(self, adapter_name: str, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-        """One adapter's tensors under the keys that a file has, taken from `state_dict` (this module's own state dict).
-        """
+        """One adapter's tensors under the keys of a file, taken from `state_dict` (this module's own state dict)."""
         return {file_key: state_dict[key] for file_key, key in self.adapter_state_dict_load_map(adapter_name).items()}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:

@@ -52,9 +52,8 @@ def walk(
     Args:
         model: any module.
         through: what is visited inside an adapter layer or a `modules_to_save` wrapper, both of which are always
-            visited
-            themselves: "nothing"; "base", the module of the base model in them; "all", the trained copies of wrappers
-                too.
+            visited themselves: "nothing"; "base", the module of the base model in them; "all", the trained copies of
+            wrappers too.
         remove_duplicate: visit a module that hangs at several places once, as `nn.Module.named_modules`.
     Yields: `Site`s, in the order of `named_modules`.
     """
@@ -95,7 +94,7 @@ def _get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Mod
     return parent, grandparent, target, target_name
 
 
-def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+def _get_input_embeddings_name(model: Any, default: str | None = None) -> str | None:
     """Dotted name of the input embeddings; `default` where the model does not tell or they are not found."""
     if not hasattr(model, "get_input_embeddings"):
         return default
@@ -103,7 +102,7 @@ def _get_input_embeddings_name(model: nn.Module, default: str | None = None) -> 
     return next((name for name, module in model.named_modules() if module is embeddings), default)
 
 
-def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
+def _get_module_names_tied_with_embedding(model: Any) -> list[str]:
     """Names (relative to the base model) of the modules that share their weight with the input embeddings, sorted.
 
     Empty where `config.tie_word_embeddings` is False or the model declares no `_tied_weights_keys`.
@@ -112,7 +111,7 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
     if hasattr(model, "tuner_layer_cls"):
-        model = model.model  # type: ignore[assignment]
+        model = model.model
     declared = getattr(model, "_tied_weights_keys", None)
     if not declared or getattr(getattr(model, "config", None), "tie_word_embeddings", None) is False:
         return []
@@ -121,8 +120,7 @@ def _get_module_names_tied_with_embedding(model: nn.Module) -> list[str]:
     if not hasattr(model, "get_input_embeddings"):
         raise ValueError(
             f"{type(model).__name__} declares `_tied_weights_keys` as a mapping but has no `get_input_embeddings`, "
-            "so which "
-            "weights are tied to the embeddings cannot be told. Add that method."
+            "so which weights are tied to the embeddings cannot be told. Add that method."
         )
     embeddings = model.get_input_embeddings()
     shared, own = set(embeddings.parameters()), set(embeddings.modules())
@@ -172,8 +170,7 @@ def _set_trainable(
         if "base_layer" in site.module._modules and adapter_name.endswith(endings):
             raise ValueError(
                 f"modules_to_save={sorted(endings)} targets the insides of the adapter layer {site.name!r}, whose "
-                "parts are called "
-                f"{adapter_name!r} after the adapter. Rename the adapter or the entry."
+                f"parts are called {adapter_name!r} after the adapter. Rename the adapter or the entry."
             )
         if site.parent is None or not site.name.endswith(endings):
             continue
