@@ -138,7 +138,7 @@ class PeftConfigMixin(PushToHubMixin):
         return asdict(self)
 
     def file_content(self, auto_mapping_dict: dict[str, str] | None = None) -> dict[str, Any]:
-        """What `adapter_config.json` holds: the fields, sets as sorted lists, so that equal configs give equal files."""
+        """What `adapter_config.json` holds: the fields, sets as sorted lists: equal configs give equal files."""
         content = {key: sorted(value) if isinstance(value, set) else value for key, value in self.to_dict().items()}
         return content if auto_mapping_dict is None else {**content, "auto_mapping": auto_mapping_dict}
 

@@ -70,6 +70,8 @@ def inject_adapter_in_model(
     if tuner_class is None:
         raise ValueError(f"`inject_adapter_in_model` does not support {peft_config.peft_type} yet.")
     check_adapter_name(adapter_name)
-    return tuner_class(
+    tuner = tuner_class(
         model, peft_config, adapter_name=adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, state_dict=state_dict
-    ).model
+    )
+    injected: nn.Module = tuner.model
+    return injected

@@ -1,0 +1,336 @@
+"""PeftModel: a base model with adapters. Running, adding, switching; its files are in `files.py`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoint import check_adapter_name
+from ..config import PeftConfig
+from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ..status import (
+    TunerLayerStatus,
+    TunerModelStatus,
+    adapters_enabled,
+    count_parameters,
+    get_layer_status,
+    get_model_status,
+)
+from ..utils.peft_types import PeftType
+from .files import AdapterFiles
+
+__all__ = ["PeftModel", "warn_if_in_prefix"]
+
+_PROMPT_LEARNING_ONLY = ("prompt_encoder", "prompt_tokens", "transformer_backbone_name", "word_embeddings")
+
+
+class PeftModel(AdapterFiles):
+    """A base model with adapters. Attributes that are not found here are the tuner's (`base_model`), then the base's.
+
+    Args:
+        model: the base model, changed in place.
+        peft_config: the first adapter's configuration.
+        adapter_name: its name; see `check_adapter_name`.
+        autocast_adapter_dtype: keep adapters of fp16, bf16 and fp8 bases in fp32, for stable training.
+        low_cpu_mem_usage: create the adapter on the meta device, to be loaded.
+    Attributes: base_model (the tuner, such as LoraModel), peft_config (by adapter name), active_adapter, peft_type,
+        modules_to_save. Those of prompt learning (prompt_encoder, prompt_tokens, transformer_backbone_name,
+        word_embeddings) exist with it only.
+    Raises: ValueError for a bad name, a configuration that cannot be applied to the model or a method that is not
+        supported yet; the model is as it was then.
+    """
+
+    _head_names: ClassVar[tuple[str, ...]] = ()  # trained and saved as well, where the base model has them
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        super().__init__()
+        check_adapter_name(adapter_name)
+        if peft_config.is_prompt_learning or peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+            name = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+            raise ValueError(f"{type(peft_config).__name__} ({name}) is not supported by peft_fast yet")
+        self._add_head(peft_config)
+        self.active_adapter = adapter_name
+        self.peft_type = PeftType(peft_config.peft_type)
+        # arguments of a forward that are for the adapters, not for the base model
+        self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
+        self._is_prompt_learning = False
+        self._adapters_disabled = False
+        self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
+            model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+        )
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if _checkpoints_activations(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+        # old Llama configs: a loop over slices of the weight that imitates tensor parallel rounding
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            model.config.pretraining_tp = 1  # type: ignore[union-attr]
+        self._name_head(model)
+
+    # ------------------------------------------------------------------------------------------------- attributes
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """Adapter name -> configuration."""
+        configs: dict[str, PeftConfig] = self.base_model.peft_config
+        return configs
+
+    @peft_config.setter
+    def peft_config(self, value: dict[str, PeftConfig]) -> None:
+        self.base_model.peft_config = value
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the adapters that take part in a forward."""
+        names: list[str] = self.base_model.active_adapters
+        return names
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """Configuration of the active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether a forward uses an adapter: there is an active one, and `disable_adapter` is not in force."""
+        return not self._adapters_disabled and bool(self.active_adapters)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        """dtype of the base model, None if it does not tell."""
+        return getattr(self.base_model, "dtype", None)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """Names of the modules that adapters train and save whole; None if there are none."""
+        configs = self.peft_config.values()
+        return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":  # not there yet: unpickling, or __init__ failed early
+                raise
+        try:
+            return getattr(self.base_model, name)
+        except AttributeError as error:
+            if name in _PROMPT_LEARNING_ONLY:
+                raise self._only_for_prompt_learning(name) from error
+            raise
+
+    def get_base_model(self) -> nn.Module:
+        """The base model, with the adapters' layers in it."""
+        model: nn.Module = self.base_model.model
+        return model
+
+    def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
+        return type(self.get_base_model())
+
+    # ---------------------------------------------------------------------------------------------------- running
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's forward with the active adapters.
+
+        Raises: ValueError for `adapter_names` and `alora_offsets`, which are not supported yet.
+        """
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.base_model(*args, **self._for_base_model(kwargs))
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate with the active adapters. Raises: as `forward`."""
+        if "generation_config" in self.__dict__:  # set on this model by the user
+            self.get_base_model().generation_config = self.generation_config
+        with self._enable_peft_forward_hooks(*args, **kwargs):
+            return self.get_base_model().generate(*args, **self._for_base_model(kwargs))  # type: ignore[operator]
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+            yield
+
+    def _for_base_model(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
+
+    def _returns_dict(self, return_dict: bool | None) -> bool:
+        return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
+        """Make the embeddings' output require grad: reentrant checkpointing gives no gradient where no input needs one.
+
+        Quantized models are left to `prepare_model_for_kbit_training`.
+        """
+        if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
+            return
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()  # type: ignore[operator]
+        elif hasattr(model, "get_input_embeddings"):
+            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+
+    # ------------------------------------------------------------------------------------------- adapters: change
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add a new adapter, frozen and inactive; `set_adapter` activates it. Arguments as in the class.
+
+        Raises: ValueError if the name is bad or taken, the method another one than the model's, or the configuration
+            cannot be applied; the model is as it was then.
+        """
+        check_adapter_name(adapter_name)
+        if adapter_name in self.peft_config:
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
+        warn_if_in_prefix(adapter_name, peft_config)
+        if peft_config.peft_type != self.peft_type:
+            raise ValueError(
+                "Cannot combine adapters with different peft types. "
+                f"Found {self.peft_type} and {peft_config.peft_type}."
+            )
+        self._add_head(peft_config)
+        self.peft_config[adapter_name] = peft_config
+        try:
+            self.base_model.inject_adapter(self.get_base_model(), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter; if it was active another one becomes active, with a warning.
+
+        Raises: ValueError for an unknown name.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} does not exist")
+        self.base_model.delete_adapter(adapter_name=adapter_name)
+        if len(self.active_adapters) == 1:
+            self.active_adapter = self.active_adapters[0]
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Activate one adapter, trainable unless `inference_mode`; those active until now are frozen.
+
+        `base_model.set_adapter` takes several. Raises: ValueError for an unknown name.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Adapter {adapter_name} not found.")
+        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        self.active_adapter = adapter_name
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make these adapters trainable or frozen, whether or not they are active."""
+        self.base_model.set_requires_grad(adapter_names=adapter_names, requires_grad=requires_grad)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model alone inside the `with`; after it everything is as before, requires_grad included.
+
+        Warns if only some layers were enabled: all are afterwards.
+        """
+        enabled, was_disabled = adapters_enabled(self.base_model), self._adapters_disabled
+        if enabled == "irregular":
+            warnings.warn(
+                "The model contains some adapter layers that are enabled and others that are disabled. This is most "
+                "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
+                stacklevel=3,
+            )
+        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        try:
+            self.base_model.disable_adapter_layers()
+            self._adapters_disabled = True
+            yield
+        finally:
+            if enabled is not False:
+                self.base_model.enable_adapter_layers()
+                for parameter, requires_grad in flags:
+                    if parameter.requires_grad != requires_grad:
+                        parameter.requires_grad_(requires_grad)
+            self._adapters_disabled = was_disabled
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether the adapter can be converted to LoRA."""
+        supports = getattr(self.base_model, "supports_lora_conversion", None)
+        return bool(supports is not None and supports())
+
+    def _add_head(self, peft_config: PeftConfig) -> None:
+        """Make the task's head part of what the adapter trains and saves."""
+        if self._head_names and hasattr(peft_config, "modules_to_save"):
+            given = list(peft_config.modules_to_save or ())
+            peft_config.modules_to_save = [*given, *(name for name in self._head_names if name not in given)]
+
+    def _name_head(self, model: nn.Module) -> None:
+        """Set `cls_layer_name` to the child of the base model that is its head, if it has one."""
+        for name, _ in model.named_children():
+            if self._head_names and any(head in name for head in self.modules_to_save or ()):
+                self.cls_layer_name = name
+                return
+
+    # ------------------------------------------------------------------------------------------ adapters: look at
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(number of trainable parameters, number of all)."""
+        return count_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the number of trainable parameters, of all, and their ratio in per cent."""
+        trainable, total = self.get_nb_trainable_parameters()
+        share = 100 * trainable / total
+        print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")
+
+    def get_layer_status(self) -> list[TunerLayerStatus]:
+        """The status of each adapter layer."""
+        return get_layer_status(self)
+
+    def get_model_status(self) -> TunerModelStatus:
+        """The status of all adapter layers together; "irregular" where they differ."""
+        return get_model_status(self)
+
+    # -------------------------------------------------------------------------------------------- prompt learning
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """The learned tokens of the active adapter. Raises: AttributeError, unless the adapter has some."""
+        raise self._only_for_prompt_learning("get_prompt")
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The learned tokens of an adapter as its file has them. Raises: AttributeError, unless it has some."""
+        raise self._only_for_prompt_learning("get_prompt_embedding_to_save")
+
+    def _only_for_prompt_learning(self, name: str) -> AttributeError:
+        return AttributeError(
+            f"{type(self).__name__} has no {name!r}: it belongs to prompt learning, and the adapters of this model are "
+            f"{self.peft_type.value}"
+        )
+
+
+def warn_if_in_prefix(adapter_name: str, peft_config: PeftConfig) -> None:
+    """Warn of names that can be mistaken for a part of a parameter's name, as PEFT does."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_config.peft_type))
+    if prefix and adapter_name in prefix:
+        warnings.warn(
+            f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
+            "This may lead to reinitialization of the adapter weights during loading.",
+            stacklevel=3,
+        )
+
+
+def _checkpoints_activations(model: nn.Module) -> bool:
+    """Whether the model uses gradient checkpointing; of a model that cannot tell, it is assumed."""
+    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the second until transformers 5.20
+        if hasattr(type(model), name):
+            return bool(getattr(model, name))
+    return True
+
+
+def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
+
+
