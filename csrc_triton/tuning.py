@@ -1,0 +1,124 @@
+"""Which configuration a kernel runs with: a row measured on this GPU, else a documented default. Pure lookups, nothing is timed.
+
+Each kernel module lists its candidates: every configuration that tuning may choose, all of them compiled ahead of time and free of
+spills (``python -m bench aot``). ``tables/configs.json`` holds what was measured, as a list of rows
+
+    {"kernel", "dtype", "M", "N", "K", "R", "config", "gpu", "torch", "triton", "date", "commit"}
+
+where M is the largest M the row speaks for, and gpu and triton ("3.9") have to agree with what is running.
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
+CUDA = ARCHS[:3]
+HOPPER = ARCHS[1:3]
+SMALL = ("sm_80", "gfx942")  # at most 64 KB of shared memory: AMD, and NVIDIA's chips with 99 KB (sm_86, sm_89, sm_120)
+TABLE = Path(__file__).parent / "tables" / "configs.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A configuration tuning may choose.
+
+    config: the kernel's BLOCK_* (and what its launcher reads besides), num_warps, num_stages.
+    archs: where it is offered.    itemsize: of x; 4 means fp32 products without tensor cores.    max_rank: largest R it is for.
+    default_to: the default up to this M where nothing was measured (the first candidate that fits); 0: never a default.
+    """
+
+    config: dict[str, int]
+    archs: tuple[str, ...] = ARCHS
+    itemsize: int = 2
+    max_rank: int = 1 << 30
+    default_to: int = 0
+
+    @property
+    def label(self) -> str:
+        """Such as 128x256x64-w8-s3."""
+        blocks = "x".join(str(size) for name, size in self.config.items() if name.startswith("BLOCK_"))
+        return f"{blocks}-w{self.config['num_warps']}-s{self.config['num_stages']}"
+
+
+ALWAYS = 1 << 62
+CANDIDATES: dict[str, list[Candidate]] = {}
+
+
+def candidates(kernel: str, rows: list[Candidate]) -> list[Candidate]:
+    """Name a kernel's candidates, for ``config_for``, the tuner and the ahead-of-time check."""
+    CANDIDATES[kernel] = rows
+    return rows
+
+
+def candidates_for(kernel: str, arch: str, itemsize: int = 2) -> Iterator[Candidate]:
+    """The candidates of ``kernel`` on one architecture."""
+    return (c for c in CANDIDATES[kernel] if arch in c.archs and itemsize == c.itemsize)
+
+
+def config_for(kernel: str, x: Tensor, M: int, N: int, K: int, R: int) -> dict[str, int]:
+    """The configuration for one launch on x's device: measured if there is a row, else the default."""
+    return dict(_lookup(kernel, x.device, x.dtype, triton.next_power_of_2(max(M, 1)), N, K, block_r(R)))
+
+
+def block_r(R: int, largest: int = 1 << 30) -> int:
+    """BLOCK_R for a rank: a power of two, at least the 16 that tl.dot needs."""
+    return min(largest, max(16, triton.next_power_of_2(R)))
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> dict[str, int]:
+    measured = _measured_row(kernel, device, dtype, M, N, K, R)
+    if measured is not None:
+        return measured["config"]
+    arch = arch_of(device)
+    for candidate in candidates_for(kernel, arch, 4 if dtype == torch.float32 else 2):
+        if M <= candidate.default_to and R <= candidate.max_rank:
+            return candidate.config
+    raise LookupError(f"{kernel}: no default configuration for {dtype}, M={M}, R={R} on {arch}")
+
+
+def _measured_row(
+    kernel: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int
+) -> dict[str, Any] | None:
+    if device.type != "cuda":
+        return None
+    gpu, version = torch.cuda.get_device_name(device), ".".join(triton.__version__.split(".")[:2])
+    key = (kernel, gpu, version, str(dtype).removeprefix("torch."), N, K)
+    fits = [
+        row
+        for row in _table()
+        if (row["kernel"], row["gpu"], row["triton"], row["dtype"], row["N"], row["K"]) == key
+        and block_r(row["R"]) == R
+        and M <= row["M"]
+    ]
+    return min(fits, key=lambda row: row["M"], default=None)
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    return json.loads(TABLE.read_text())
+
+
+@functools.cache
+def arch_of(device: torch.device) -> str:
+    """The class of architecture whose candidates fit the device. Unknown chips take those of least shared memory."""
+    if device.type != "cuda":
+        return "sm_90"  # the interpreter: any will do
+    if torch.version.hip:
+        return "gfx942"
+    capability = torch.cuda.get_device_capability(device)
+    return {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}.get(capability, "gfx942")
