@@ -153,6 +153,14 @@ def _tensors_below(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def survey_adapter(model: nn.Module, adapter_name: str) -> Survey:
+    """Find one adapter's tensors, and the base's, in a PeftModel or a model with injected adapters."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        from torch.distributed.fsdp import FSDPModule
+
+        # After a forward the root may hold gathered copies: what is written into those is lost.
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
     survey = Survey()
     survey.visit(model, "", "", adapter_name)
     return survey

@@ -125,7 +125,7 @@ def _optional_names(model: Any, config: Any, survey: Survey) -> dict[str, Slot]:
 
     The name depends on which adapters the layer carried when the file was written: `x.bias` or `x.base_layer.bias`.
     """
-    slots = dict(bias_names(survey, "all")) if getattr(config, "bias", "none") != "none" else {}
+    slots = bias_names(survey, getattr(config, "bias", "none"))
     for layer in embedding_layers(model) or []:
         slots.update(embedding_names(survey, layer))
     names = dict(slots)
