@@ -90,6 +90,8 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three for what is not there
         raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError("--device meta: it holds no numbers, nothing can be trained there")
     return device
 
 

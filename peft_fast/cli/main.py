@@ -8,6 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from peft_fast import __version__
 
@@ -34,11 +35,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"error: {_one_line(error)}", 1)
 
 
-def build_parser() -> argparse.ArgumentParser:
+class OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} ({self.prog} --help shows the options)\n")
+
+
+def build_parser() -> OneLineParser:
     """All commands with their options."""
-    parser = argparse.ArgumentParser(
-        prog="peft-fast", description="PEFT's API and PEFT's files, at the speed of the base model."
-    )
+    parser = OneLineParser(prog="peft-fast", description="PEFT's API and PEFT's files, at the speed of the base model.")
     parser.add_argument("--version", action="version", version=f"peft-fast {__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
@@ -64,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def _add_demo(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     demo = commands.add_parser(
         "demo",
         help="train four LoRA adapters on a CPU in under 3 minutes and see each win on its own text",

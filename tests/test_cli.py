@@ -1,0 +1,194 @@
+"""The peft-fast command: options, exit codes, one-line errors, info, check."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import peft_fast
+from peft_fast.cli import check, info, main as cli
+from peft_fast.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(adapter, base): a saved adapter with random weights, and the saved model it is for."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    root = tmp_path_factory.mktemp("cli")
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(root / "base")
+    lora = peft_fast.LoraConfig(
+        r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
+    base = LlamaForCausalLM.from_pretrained(root / "base")
+    peft_fast.get_peft_model(base, lora).save_pretrained(root / "adapter")
+    return root / "adapter", root / "base"
+
+
+def changed(adapter: Path, tmp_path: Path, change: object, **fields: object) -> Path:
+    """A copy of the adapter directory with other weights, or other fields in its config."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(change(weights) if callable(change) else weights, copy / "adapter_model.safetensors")
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    (copy / "adapter_config.json").write_text(json.dumps({**config, **fields}), encoding="utf-8")
+    return copy
+
+
+def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("peft-fast"), captured.err
+    return lines[0]
+
+
+def test_version_and_help_do_not_import_torch() -> None:
+    code = (
+        "import sys; from peft_fast.cli.main import build_parser; build_parser().format_help(); "
+        "raise SystemExit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+    done = subprocess.run([sys.executable, "-m", "peft_fast", "--version"], capture_output=True, text=True, timeout=120)
+    assert done.stdout == f"peft-fast {peft_fast.__version__}\n" and done.returncode == 0
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "--steps", "0"], "at least 1"),
+        (["demo", "--steps", "many"], "whole number"),
+        (["demo", "--seed", "-1"], "whole number"),
+        (["demo", "--stpes", "3"], "unrecognized"),
+        (["dmeo"], "invalid choice"),
+        (["check"], "ADAPTER_DIR"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_options(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert words in one_line_error(capsys)
+
+
+def test_wrong_device_and_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["demo", "--device", "abacus", *out]) == 2
+    assert "--device abacus" in one_line_error(capsys)
+    assert main(["demo", "--device", "meta", *out]) == 2
+    assert "holds no numbers" in one_line_error(capsys)
+    (tmp_path / "file").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "file")]) == 2
+    assert "expected a directory" in one_line_error(capsys)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("")
+    assert main(["demo", "--out", str(tmp_path / "full"), "--fresh"]) == 2
+    assert "other files" in one_line_error(capsys)
+    assert (tmp_path / "full" / "thesis.txt").exists() and not (tmp_path / "out").exists()
+
+
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped(args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", stopped)
+    assert main(["info"]) == 130
+    assert "stopped" in one_line_error(capsys)
+
+
+def test_library_error_is_one_line_and_debug_shows_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(args: object) -> int:
+        raise ValueError("adapter 'a':\n  something is wrong")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", broken)
+    assert main(["info"]) == 1
+    assert one_line_error(capsys).endswith("adapter 'a': something is wrong")
+    with pytest.raises(ValueError, match="something is wrong"):
+        main(["--debug", "info"])
+
+
+def test_info_names_versions_devices_and_choices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert torch.__version__.split("+")[0] in text and "transformers" in text and "cpu: " in text
+    assert "lora_linear" in text
+    monkeypatch.setenv("PEFT_FAST_LORA", "torch")
+    assert "PEFT_FAST_LORA=torch" in info.report()
+
+
+def test_check_passes_a_good_directory(directories: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    adapter, base = directories
+    assert main(["check", str(adapter), "--base", str(base)]) == 0
+    text = capsys.readouterr().out
+    assert "LORA" in text and "8 tensors" in text and "every weight has its place" in text
+    assert "--base" in check.report(adapter)
+
+
+@pytest.mark.parametrize("with_base", [False, True], ids=["alone", "with base"])
+@pytest.mark.parametrize("kind", ["nan", "rank", "alpha"])
+def test_check_finds(
+    kind: str, with_base: bool, directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = directories
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    changes = {
+        "nan": (lambda w: {**w, name: w[name] * float("nan")}, {}, "NaN"),
+        "rank": (None, {"r": 8}, "size mismatch"),
+        "alpha": (None, {"lora_alpha": float("inf")}, "lora_alpha"),
+    }
+    change, fields, words = changes[kind]
+    broken = changed(adapter, tmp_path, change, **fields)
+    assert main(["check", str(broken), *(["--base", str(base)] if with_base else [])]) == 1
+    assert words in one_line_error(capsys)
+
+
+@pytest.mark.parametrize("kind", ["missing", "extra", "shape", "integers"])
+def test_check_against_the_base_finds(
+    kind: str, directories: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = directories
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    changes = {
+        "missing": (lambda w: {k: v for k, v in w.items() if k != name}, "missing"),
+        "extra": (lambda w: {**w, name.replace("q_proj", "o_proj"): w[name].clone()}, "o_proj"),
+        "shape": (lambda w: {**w, name: torch.zeros(4, 31)}, "size mismatch"),
+        "integers": (lambda w: {**w, name: w[name].to(torch.int8)}, "I8"),
+    }
+    change, words = changes[kind]
+    broken = changed(adapter, tmp_path, change)
+    assert main(["check", str(broken), "--base", str(base)]) == 1
+    assert words in one_line_error(capsys)
+
+
+def test_check_needs_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tmp_path / "nothing")]) == 1
+    assert "found nothing" in one_line_error(capsys)
+    assert main(["check", str(tmp_path)]) == 1
+    assert "adapter_config.json" in one_line_error(capsys)
+
+
+def test_installed_command_is_this_one() -> None:
+    from importlib.metadata import entry_points
+
+    (entry,) = [e for e in entry_points(group="console_scripts") if e.name == "peft-fast"]
+    assert entry.value == "peft_fast.cli.main:main"
+    assert os.access(Path(sys.executable).parent / "peft-fast", os.X_OK)
