@@ -86,12 +86,12 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent_name), model.get_submodule(key), target_name
 
 
-def _get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module | None, nn.Module, str]:
-    """(parent, grandparent or None, module, the module's name in its parent) for a dotted name."""
+def _get_submodules_with_grandparent(
+    model: nn.Module, key: str
+) -> tuple[nn.Module, nn.Module, nn.Module, str]:
+    """(parent, grandparent, module, the module's name in its parent) for a dotted name; the root is its own parent."""
     parent, target, target_name = _get_submodules(model, key)
-    parts = key.split(".")
-    grandparent = model.get_submodule(".".join(parts[:-2])) if len(parts) > 1 else None
-    return parent, grandparent, target, target_name
+    return parent, model.get_submodule(".".join(key.split(".")[:-2])), target, target_name
 
 
 def _get_input_embeddings_name(model: Any, default: str | None = None) -> str | None:
