@@ -17,8 +17,18 @@ SETTINGS: list[dict[str, Any]] = [
     {},
     {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 32, "lora_dropout": 0.1},
     {"target_modules": r".*\.q_proj", "exclude_modules": ["lm_head"], "bias": "lora_only", "use_rslora": True},
-    {"target_modules": "all-linear", "modules_to_save": ["score"], "task_type": TaskType.SEQ_CLS.value, "revision": "abc"},
-    {"target_modules": ["q"], "layers_to_transform": [0, 1], "layers_pattern": "layers", "init_lora_weights": "pissa_niter_4"},
+    {
+        "target_modules": "all-linear",
+        "modules_to_save": ["score"],
+        "task_type": TaskType.SEQ_CLS.value,
+        "revision": "abc",
+    },
+    {
+        "target_modules": ["q"],
+        "layers_to_transform": [0, 1],
+        "layers_pattern": "layers",
+        "init_lora_weights": "pissa_niter_4",
+    },
     {"target_modules": ("q", "v"), "rank_pattern": {"q": 2}, "alpha_pattern": {"v": 3.5}, "inference_mode": True},
     {"init_lora_weights": False, "lora_bias": True, "fan_in_fan_out": True, "base_model_name_or_path": "org/base"},
 ]
@@ -26,8 +36,10 @@ SETTINGS: list[dict[str, Any]] = [
 
 def as_json(path: Path) -> dict[str, Any]:
     content = json.loads((path / "adapter_config.json").read_text())
-    return {key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
-            for key, value in content.items()}  # fmt: skip
+    return {
+        key: sorted(value) if key in ("target_modules", "exclude_modules") and isinstance(value, list) else value
+        for key, value in content.items()
+    }
 
 
 def test_types_are_pefts() -> None:
@@ -84,7 +96,9 @@ def test_unknown_keys_of_a_file_are_dropped_with_a_warning(tmp_path: Path) -> No
     with pytest.warns(UserWarning) as theirs:
         peft.PeftConfig.from_pretrained(str(tmp_path))
     assert len(seen) == len(theirs) == 2
-    assert "runtime_config" in str(seen[0].message) and "['from_the_future'] for class LoraConfig" in str(seen[1].message)
+    assert "runtime_config" in str(seen[0].message) and "['from_the_future'] for class LoraConfig" in str(
+        seen[1].message
+    )
     assert isinstance(ours, LoraConfig) and ours.r == 3
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         LoraConfig(from_the_future=1)  # type: ignore[call-arg]
@@ -132,7 +146,11 @@ def test_missing_initialisations_are_refused(init: str) -> None:
         ({"target_parameters": "experts"}, TypeError, "`target_parameters` must be a list"),
         ({"target_modules": [1]}, TypeError, "target_modules"),
         ({"target_modules": 5}, TypeError, "target_modules"),
-        ({"task_type": "FOO"}, ValueError, "Invalid task type: 'FOO'. Must be one of the following task types: SEQ_CLS, "),
+        (
+            {"task_type": "FOO"},
+            ValueError,
+            "Invalid task type: 'FOO'. Must be one of the following task types: SEQ_CLS, ",
+        ),
     ],
     ids=str,
 )

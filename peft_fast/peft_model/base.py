@@ -332,5 +332,3 @@ def _checkpoints_activations(model: nn.Module) -> bool:
 
 def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
     output.requires_grad_(True)
-
-

@@ -19,7 +19,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
 }
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = sorted(_MODULE_OF) 
+__all__ = sorted(_MODULE_OF)
 
 if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
     from .constants import (
