@@ -1,0 +1,1 @@
+"""Measurements: ``python -m bench aot | run | report``. Not part of the wheel."""

@@ -1,0 +1,22 @@
+"""Command line of the measurements: ``python -m bench aot | run | report``."""
+
+import argparse
+import sys
+
+from . import aot
+
+COMMANDS = {"aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like")}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse ``argv`` and run one sub-command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (module, text) in COMMANDS.items():
+        module.add_arguments(commands.add_parser(name, help=text, description=text))
+    args = parser.parse_args(argv)
+    return COMMANDS[args.command][0].run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
