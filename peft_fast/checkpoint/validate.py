@@ -89,7 +89,7 @@ def check_ranks(weights: WeightsFile, config: Any, *, ignore_mismatched_sizes: b
     ranks = {}
     for name, info in weights.tensors.items():
         suffix = next((s for s in _RANK_DIM if name.endswith(s)), None)
-        if suffix is not None and len(info.shape) > _RANK_DIM[suffix]:
+        if suffix is not None and len(info.shape) >= 2:  # others have no rank; their shape is refused later
             ranks[name] = (_RANK_DIM[suffix], info.shape[_RANK_DIM[suffix]])
     allowed = {fields.get("r", 8), *(fields.get("rank_pattern") or {}).values()}
     largest = max((max(weights.tensors[name].shape) for name in ranks), default=0)
