@@ -11,8 +11,7 @@ import pytest
 import torch
 import transformers
 from peft.tuners import tuners_utils as peft_tuners_utils
-from peft.utils import constants as peft_constants
-from peft.utils import other as peft_other
+from peft.utils import constants as peft_constants, other as peft_other
 from torch import nn
 
 from peft_fast.tuners import _matching
@@ -30,8 +29,9 @@ from peft_fast.utils.other import walk
 
 SIZES = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24)
 GPT2 = dict(vocab_size=40, n_embd=16, n_layer=3, n_head=2)
+BLOOM = dict(vocab_size=40, hidden_size=16, n_layer=3, n_head=2)
 T5 = dict(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2)
-OPT = dict(vocab_size=40, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, ffn_dim=24, word_embed_proj_dim=16)
+OPT = dict(SIZES, ffn_dim=24, word_embed_proj_dim=16)
 GQA = dict(SIZES, num_key_value_heads=1)
 FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, GQA),
@@ -43,7 +43,7 @@ FAMILIES: dict[str, tuple[type, type, dict[str, Any]]] = {
     "phi": (transformers.PhiForCausalLM, transformers.PhiConfig, SIZES),
     "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2),
     "gpt_neox": (transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, SIZES),
-    "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig, dict(vocab_size=40, hidden_size=16, n_layer=3, n_head=2)),
+    "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig, BLOOM),
     "opt": (transformers.OPTForCausalLM, transformers.OPTConfig, OPT),
     "t5": (transformers.T5ForConditionalGeneration, transformers.T5Config, T5),
     "bert": (transformers.BertModel, transformers.BertConfig, SIZES),
@@ -229,7 +229,9 @@ def _within(seconds: float, function: Callable[[], Any]) -> None:
     assert time.perf_counter() - start < seconds
 
 
-@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"])
+@pytest.mark.parametrize(
+    "field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"]
+)
 def test_catastrophic_pattern_is_refused(field: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_matching, "MATCH_SECONDS", 0.05)
     fields: dict[str, Any] = {"target_modules": ["q_proj"]}

@@ -69,10 +69,18 @@ def test_forward_switch_and_delete_as_peft() -> None:
     peft_wrapper, wrapper = both_wrapped("one", "two")
     x = torch.randn(3, 4)
     steps: list[tuple[str, tuple[Any, ...]]] = [
-        ("set_adapter", ("two",)), ("set_adapter", (["one"],)), ("enable_adapters", (False,)), ("enable_adapters", (True,)),
-        ("set_adapter", ("two", True)), ("set_requires_grad", ("one",)), ("set_requires_grad", (["one", "zzz"], False)),
-        ("set_adapter", ([],)), ("set_adapter", ("one",)), ("delete_adapter", ("one", ["two"])), ("delete_adapter", ("two", [])),
-    ]  # fmt: skip
+        ("set_adapter", ("two",)),
+        ("set_adapter", (["one"],)),
+        ("enable_adapters", (False,)),
+        ("enable_adapters", (True,)),
+        ("set_adapter", ("two", True)),
+        ("set_requires_grad", ("one",)),
+        ("set_requires_grad", (["one", "zzz"], False)),
+        ("set_adapter", ([],)),
+        ("set_adapter", ("one",)),
+        ("delete_adapter", ("one", ["two"])),
+        ("delete_adapter", ("two", [])),
+    ]
     for method, arguments in steps:
         for each in (peft_wrapper, wrapper):
             getattr(each, method)(*arguments)
@@ -168,7 +176,9 @@ def test_set_trainable_as_peft() -> None:
         torch.manual_seed(0)
         net = Net()
         library._set_trainable(net, "one", module_names=["head"], inference_mode=False)
-        library._set_trainable(net, "two", module_names=["sub_head", "body"], inference_mode=False, activate_adapter=False)
+        library._set_trainable(
+            net, "two", module_names=["sub_head", "body"], inference_mode=False, activate_adapter=False
+        )
         library._set_trainable(net, "two", module_names=["nope"], inference_mode=False)
         nets.append(net)
     assert flags(nets[1]) == flags(nets[0])
@@ -200,7 +210,9 @@ def test_names_and_module_look_ups() -> None:
     assert ours._get_submodules(net, "body.1") == (net.body, net.body[1], "1")
     assert ours._get_submodules(net, "head") == (net, net.head, "head")
     assert ours._get_submodules_with_grandparent(net, "head.dense") == (net.head, net, net.head.dense, "dense")
-    assert ours._get_submodules_with_grandparent(net, "head")[1] is theirs._get_submodules_with_grandparent(net, "head")[1]
+    assert (
+        ours._get_submodules_with_grandparent(net, "head")[1] is theirs._get_submodules_with_grandparent(net, "head")[1]
+    )
     for key in ("a.b", "b", "ab", "a.b.c"):
         assert ours._is_valid_match(key, "b") == theirs._is_valid_match(key, "b")
     with pytest.raises(ValueError, match="input_ids or inputs_embeds"):

@@ -86,9 +86,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
     return model.get_submodule(parent_name), model.get_submodule(key), target_name
 
 
-def _get_submodules_with_grandparent(
-    model: nn.Module, key: str
-) -> tuple[nn.Module, nn.Module, nn.Module, str]:
+def _get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, nn.Module, str]:
     """(parent, grandparent, module, the module's name in its parent) for a dotted name; the root is its own parent."""
     parent, target, target_name = _get_submodules(model, key)
     return parent, model.get_submodule(".".join(key.split(".")[:-2])), target, target_name
