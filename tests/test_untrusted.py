@@ -94,6 +94,21 @@ HOSTILE = {
     "huge_default_rank": Hostile(
         "llama", configure(r=10**9, rank_pattern={"q_proj": 4, "v_proj": 4}), SIZE, (MISMATCH, "1000000000")
     ),
+    "huge_rank_without_weights": Hostile(
+        "embeddings_saved",
+        lambda tensors, config: (config.update(r=10**9), [tensors.pop(n) for n in list(tensors) if "lora" in n]),
+        VALUE,
+        ("none of the adapter's",),
+    ),
+    "huge_rank_in_empty_tensors": Hostile(
+        "llama",
+        lambda tensors, config: (
+            config.update(r=10**9, rank_pattern={"v_proj": 4}),
+            tensors.update({A: torch.empty(10**9, 0), B: torch.empty(0, 10**9)}),
+        ),
+        SIZE,
+        (MISMATCH, "1000000000"),
+    ),
     "other_rank": Hostile("llama", configure(r=8), SIZE, (MISMATCH, "[4, 32]", "[8, 32]")),
     "rank_of_another_module": Hostile(
         "rank_pattern", configure(rank_pattern={"q_proj": 3}), SIZE, (MISMATCH, "[4, 32]", "[3, 32]")
@@ -313,7 +328,7 @@ def test_bin_files_pass_the_same_checks(tmp_path: Path) -> None:
     (tmp_path / "stride" / WEIGHTS).unlink()
     tensors[A] = torch.ones(1).expand(10**6, 10**6)  # four bytes that claim to be terabytes
     torch.save(tensors, tmp_path / "stride" / "adapter_model.bin")
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"expected the data of all 1000000000000 elements .* got 4 bytes"):
         peft_fast.PeftModel.from_pretrained(case.model(), tmp_path / "stride")
 
 

@@ -207,6 +207,11 @@ def open_bin(path: Path, adapter_name: str | None = None) -> WeightsFile:
         plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided and not value.is_quantized
         if not isinstance(name, str) or not plain:
             raise ValueError(f"{where}: expected plain tensors by name, got {type(value).__name__} under {name!r}")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise ValueError(
+                f"{where}: tensor {name!r}: expected the data of all {value.numel()} elements of {tuple(value.shape)}, "
+                f"got {value.untyped_storage().nbytes()} bytes"
+            )
     tensors = {name: tensor_info(value) for name, value in loaded.items()}
     return WeightsFile(path, tensors, loaded.__getitem__, adapter_name)
 

@@ -16,6 +16,9 @@ _SHOWN = 5  # tensors listed in one error
 # Parts of LoRA that have the rank as a dimension: suffix of the name -> which dimension.
 _RANK_DIM = {".lora_A.weight": 0, ".lora_B.weight": 1, ".lora_embedding_A": 0, ".lora_embedding_B": 1}
 
+_HARMLESS_RANK = 4096  # even without a layer that large
+_NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without layers
+
 
 @dataclass
 class CheckedNames:
@@ -78,28 +81,43 @@ def _is_lora(fields: Mapping[str, Any]) -> bool:
 def check_ranks(weights: WeightsFile, config: Any, *, ignore_mismatched_sizes: bool = False) -> None:
     """Compare the ranks in a LoRA file with those its config allows, before any module is made from the config.
 
-    A rank must be r or a value of rank_pattern. A configured rank that no tensor has and that is larger than every
-    dimension in the file would only allocate memory: it is refused in any case. Which module has which of the allowed
-    ranks is checked with the shapes, after injection.
+    A rank must be r or a value of rank_pattern; which module has which of them is checked with the shapes, after
+    injection. A rank above every other dimension in the file could only serve to allocate memory: it is refused in any
+    case (up to 4096 it does no harm).
     Raises: RuntimeError, saying "size mismatch" and both sizes; ValueError if the file has none of LoRA's weights.
     """
     fields = config_fields(config)
     if not _is_lora(fields):
         return
-    ranks = {}
+    rank_dims = _rank_dims(weights)
+    if not rank_dims:
+        if fields.get("target_modules", None) in ([], (), set(), _NO_TARGETS):
+            return
+        raise ValueError(
+            f"{weights.where}: none of the adapter's LoRA weights is in the file. Expected names ending in "
+            f"{', '.join(_RANK_DIM)}, got {_listed(weights.tensors) or 'no tensor at all'}"
+        )
+    rank = fields.get("r", 8)
+    allowed = {rank, *(fields.get("rank_pattern") or {}).values()}
+    others = (size for name, dim in rank_dims.items() for i, size in enumerate(weights.tensors[name].shape) if i != dim)
+    absurd = max(allowed) > max(_HARMLESS_RANK, *others)
+    for name, dim in rank_dims.items():
+        shape = weights.tensors[name].shape
+        if absurd or (shape[dim] not in allowed and not ignore_mismatched_sizes):
+            expected = (*shape[:dim], max(allowed) if absurd else rank, *shape[dim + 1 :])
+            raise RuntimeError(
+                f"{weights.where}: {_mismatch(name, shape, expected)} The config allows the ranks {sorted(allowed)}."
+            )
+
+
+def _rank_dims(weights: WeightsFile) -> dict[str, int]:
+    """Which dimension is the rank, for every tensor of LoRA that has data; the shapes of others are refused later."""
+    dims = {}
     for name, info in weights.tensors.items():
         suffix = next((s for s in _RANK_DIM if name.endswith(s)), None)
-        if suffix is not None and len(info.shape) >= 2:  # others have no rank; their shape is refused later
-            ranks[name] = (_RANK_DIM[suffix], info.shape[_RANK_DIM[suffix]])
-    allowed = {fields.get("r", 8), *(fields.get("rank_pattern") or {}).values()}
-    largest = max((max(weights.tensors[name].shape) for name in ranks), default=0)
-    for name, (dim, rank) in ranks.items():
-        shape = weights.tensors[name].shape
-        absurd = max(allowed) > largest
-        if (rank not in allowed and not ignore_mismatched_sizes) or absurd:
-            wanted = (*shape[:dim], max(allowed) if absurd else next(iter(allowed)), *shape[dim + 1 :])
-            choice = "" if len(allowed) == 1 else f" (the config allows the ranks {sorted(allowed)})"
-            raise RuntimeError(f"{weights.where}: {_mismatch(name, shape, wanted)}{choice}")
+        if suffix is not None and len(info.shape) >= 2 and 0 not in info.shape:
+            dims[name] = _RANK_DIM[suffix]
+    return dims
 
 
 def check_tensors(
