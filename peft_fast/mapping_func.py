@@ -7,6 +7,7 @@ import warnings
 from torch import nn
 
 from .auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from .checkpoint import check_adapter_name
 from .config import PeftConfig
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
@@ -38,6 +39,7 @@ def get_peft_model(
     Returns: the class that `peft_config.task_type` says, PeftModel without one.
     Raises: as PeftModel.
     """
+    check_adapter_name(adapter_name)
     old_name, new_name = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     peft_config.base_model_name_or_path = new_name
     if any(isinstance(layer, BaseTunerLayer) for _, layer in adapter_layers(model)):

@@ -26,7 +26,7 @@ each_case = pytest.mark.parametrize(("family", "task"), CASES, ids=[f"{family}-{
 
 
 def together(sets: list[dict[str, Tensor]], exact: dict[str, Tensor]) -> list[Tensor]:
-    """Each set as one vector, every tensor in it in units of its largest exact value: one error for a whole model, since
+    """Each set as one vector, every tensor in it in units of its largest exact value: one error for a model, since
     the error of a single small tensor is a matter of luck."""
     scale = {key: value.abs().max().clamp(min=torch.finfo(torch.float32).tiny) for key, value in exact.items()}
     return [
