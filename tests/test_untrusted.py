@@ -394,3 +394,15 @@ def test_strict_needs_every_weight(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=r"Found missing adapter keys while loading the checkpoint: .*q_proj.lora_A"):
         load_adapter_weights(model, tmp_path, "default", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("lora_alpha", float("nan")), ("alpha_pattern", {"q": float("inf")}), ("r", 0)]
+)
+def test_a_config_that_the_program_changed_is_checked_too(field: str, value: Any, tmp_path: Path) -> None:
+    """check_adapter_directory takes the config that will be injected, wherever it comes from."""
+    good_directory("llama", tmp_path)
+    config = peft_fast.PeftConfig.from_pretrained(tmp_path)
+    setattr(config, field, value)
+    with pytest.raises(ValueError, match=rf"adapter 'evil', file .*: expected {field}"):
+        peft_fast.PeftModel.from_pretrained(CASES["llama"].model(), tmp_path, "evil", config=config)
