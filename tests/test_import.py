@@ -71,15 +71,15 @@ def test_submodules_are_reachable_and_strangers_are_not() -> None:
 
 
 def test_import_is_light() -> None:
-    """What is loaded is the real check; the time has a budget that the slowest of CI machines keeps."""
+    """What is loaded is the real check; the budget is in CPU time, which a busy machine does not change."""
     code = """
 import json, sys, time
 import torch
-before, start = set(sys.modules), time.perf_counter()
+before, start = set(sys.modules), time.process_time()
 import peft_fast
-seconds = time.perf_counter() - start
+seconds = time.process_time() - start
 from peft_fast import LoraConfig, get_peft_model, PeftModel, AutoPeftModelForCausalLM
-with_names = time.perf_counter() - start
+with_names = time.process_time() - start
 print(json.dumps([seconds, with_names, sorted(set(sys.modules) - before)]))
 """
     runs = [json.loads(run_python(code)) for _ in range(3)]

@@ -65,4 +65,4 @@ def _implementations() -> list[str]:
 
     forced = os.environ.get("PEFT_FAST_LORA")
     lines = [f"PEFT_FAST_LORA={forced}: forced, nothing falls back"] if forced else []
-    return [*lines, *choice.describe()]
+    return [*lines, *map(str, choice.describe())]
