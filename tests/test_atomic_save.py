@@ -306,6 +306,36 @@ def test_modes_links_and_the_working_directory(tmp_path: Path, monkeypatch: pyte
     assert load(directory) == 4
 
 
+@pytest.mark.parametrize("kind", ["missing", "exchange", "others"])
+def test_saves_of_several_processes(kind: str, tmp_path: Path) -> None:
+    """The last one wins, none fails, nothing is left behind."""
+    for repeat in range(3):
+        directory = tmp_path / str(repeat) / "adapter"
+        directory.parent.mkdir()
+        prepared(kind, directory)
+        if kind == "exchange":
+            (directory / "README.md").unlink()
+        children = []
+        for first in (10, 20, 30):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    for tag in range(first, first + 5):
+                        save(directory, tag)
+                    status = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(status)
+            children.append(child)
+        assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0, 0]
+        assert load(directory) in (14, 24, 34)
+        check_bystanders(kind, directory)
+        save(directory, 1)
+        assert os.listdir(directory.parent) == ["adapter"]
+
+
 SAVE_FOREVER = """
 import sys, torch
 from pathlib import Path

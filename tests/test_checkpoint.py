@@ -422,3 +422,20 @@ def test_a_locked_file_system_does_not_stop_a_save(tmp_path: Path, monkeypatch: 
         save_adapter(tmp_path, CONFIG, saved)
     assert torch.equal(load_file(tmp_path / WEIGHTS)["m.q.lora_A.weight"], saved["m.q.lora_A.weight"])
     assert sorted(os.listdir(tmp_path)) == ["adapter_config.json", WEIGHTS, "other"]
+
+
+def test_check_tensors_needs_one_own_tensor(tmp_path: Path) -> None:
+    """For every method: base weights alone are no adapter, and leftovers of many names give a short error."""
+    info = TensorInfo((2,), "F32", "float")
+    save_file({"base.bias": torch.ones(2)}, tmp_path / WEIGHTS)
+    weights = open_weights(tmp_path, adapter_name="x")
+    with pytest.raises(
+        ValueError, match=r"adapter 'x', file .*none of the adapter's 2 weights .*'own1', got 'base.bias'"
+    ):
+        validate.check_tensors(weights, {"own1": info, "own2": info}, {"base.bias": info})
+    checked = validate.check_tensors(weights, {}, {"base.bias": info})
+    assert (checked.accepted, checked.missing, checked.mismatched) == (["base.bias"], [], [])
+    save_file({f"name{i}": torch.ones(1) for i in range(1000)}, tmp_path / WEIGHTS)
+    with pytest.raises(ValueError, match="and 995 more does not belong") as error:
+        validate.check_tensors(open_weights(tmp_path), {"own": info}, {})
+    assert len(str(error.value)) < 1000

@@ -203,18 +203,23 @@ def _can_stage_beside(target: Path, replaced: Collection[str]) -> bool:
 def _put_in_place(staging: Path, target: Path, replaced: Collection[str], removed: Collection[str]) -> None:
     """Let `staging` become `target`; the old directory, if any, is then where staging was."""
     if not target.exists():
-        os.rename(staging, target)
-        _sync(target.parent)
-        return
+        try:
+            os.rename(staging, target)
+            _sync(target.parent)
+            return
+        except OSError as error:  # another process has just made it
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
     old, new = os.stat(target), os.stat(staging)
     os.chmod(staging, stat.S_IMODE(old.st_mode))
     if (old.st_uid, old.st_gid) != (new.st_uid, new.st_gid) or not _exchange(staging, target):
         _commit_journal(staging, target, removed)
         return
     _sync(target.parent)
-    for name in set(os.listdir(staging)) - set(replaced):  # came into the old directory after it was looked at
-        if not os.path.lexists(target / name):
-            os.rename(staging / name, target / name)
+    with contextlib.suppress(FileNotFoundError):  # the next save of another process may have cleaned up already
+        for name in set(os.listdir(staging)) - set(replaced):  # came into the old directory after it was looked at
+            if not os.path.lexists(target / name):
+                os.rename(staging / name, target / name)
 
 
 def _exchange(first: Path, second: Path) -> bool:
