@@ -3,9 +3,14 @@
 import argparse
 import sys
 
-from . import aot
+from . import aot, report, run
 
-COMMANDS = {"aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like")}
+# `tune`, which fills csrc_triton's tables on a GPU, belongs here
+COMMANDS = {
+    "aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like"),
+    "run": (run, "measure LoRA beside plain torch and peft"),
+    "report": (report, "show a result file side by side, draw it, put it into README.md"),
+}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -3,7 +3,9 @@
 The kernels below are also what the check is pointed at, by this module's name.
 """
 
+import importlib.util
 import json
+import linecache
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +158,22 @@ def test_the_key_covers_called_functions_configuration_and_version(monkeypatch: 
         keys.add(aot.row_key(case, "sm_90"))
     assert len(keys) == 6
     assert source_hash(_good_matmul) == before
+
+
+def test_the_hash_follows_the_text_and_not_where_it_stands(tmp_path: Path) -> None:
+    text = "import triton\n\n\n@triton.jit\ndef kernel(x_ptr):\n    tl.store(x_ptr, 1.0)\n"
+
+    def hashed(text: str) -> str:
+        path = tmp_path / "kernel_module.py"
+        path.write_text(text)
+        linecache.checkcache(str(path))
+        spec = importlib.util.spec_from_file_location("kernel_module", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return source_hash(module.kernel)
+
+    assert hashed(text) == hashed(text.replace("triton\n\n\n", "triton\n\nX = 1\n\n\n"))
+    assert hashed(text) != hashed(text.replace("1.0", "2.00"))
 
 
 @pytest.mark.parametrize(

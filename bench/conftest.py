@@ -1,0 +1,135 @@
+"""Options of the measurements, the ceilings of the machine, and what every result file says about where it was made."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import cases, measure, providers
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("peft_fast measurements")
+    group.addoption("--quick", action="store_true", help="few cases, small models, few rounds")
+    group.addoption("--gpu-step", choices=cases.GPU_STEPS, help="one step of the GPU campaign instead of the CPU cases")
+    group.addoption("--dry", action="store_true", help="a GPU step on the CPU with tiny sizes: does the script work?")
+
+
+class Session:
+    """What all measurements of a run share: device, ceilings, and the results found wrong."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.quick: bool = config.getoption("--quick")
+        self.step: str | None = config.getoption("--gpu-step")
+        self.dry: bool = config.getoption("--dry")
+        on_gpu = self.step is not None and not self.dry
+        if on_gpu and not torch.cuda.is_available():
+            raise pytest.UsageError("--gpu-step needs a GPU and torch sees none; --dry tries the script on the CPU")
+        self.device = torch.device("cuda" if on_gpu else "cpu")
+        self.seconds = 0.2 if self.dry else 3.0 if on_gpu else 1.0 if self.quick else 2.5
+        self.model_seconds = 5.0 if self.quick else 30.0
+        self.wrong: list[dict[str, Any]] = []
+        self.started = time.time()
+        self.load = os.getloadavg()[0]
+        self._ceilings: dict[str, float] | None = None
+
+    @property
+    def op_providers(self) -> list[str]:
+        """On a GPU also each implementation by force: that is what the table of choices is made from."""
+        return [*providers.PROVIDERS, *(providers.KERNELS if self.device.type == "cuda" else ())]
+
+    @property
+    def cache_bytes(self) -> int:
+        """What a repeated call may find in the cache."""
+        if self.device.type == "cuda":
+            return int(torch.cuda.get_device_properties(self.device).L2_cache_size)
+        return 1 << 25
+
+    def ceilings(self) -> dict[str, float]:
+        """Measured once, before the first case."""
+        if self._ceilings is None:
+            self._ceilings = measure.ceilings(self.device, tiny=self.dry)
+        return self._ceilings
+
+    def describe(self) -> dict[str, Any]:
+        """Where and with what this was measured."""
+        versions = {}
+        for name in ("torch", "triton", "transformers", "peft"):
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "not installed"
+        return {
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else _cpu_name(),
+            "driver": _driver() if self.device.type == "cuda" else "",
+            "threads": torch.get_num_threads(),
+            "ceilings": self.ceilings(),
+            "versions": versions,
+            "commit": measure.commit(),
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "quick": self.quick,
+            "dry": self.dry,
+            "step": self.step or "",
+            "load_at_start": round(self.load, 2),
+        }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] \
+        if info.exists() else []  # fmt: skip
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _driver() -> str:
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0] if version.exists() else ""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_SESSION] = Session(config)
+
+
+_SESSION = pytest.StashKey[Session]()
+
+
+@pytest.fixture(scope="session")
+def session(pytestconfig: pytest.Config) -> Session:
+    return pytestconfig.stash[_SESSION]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Cases are data: the options say which."""
+    session = metafunc.config.stash[_SESSION]
+    if "op_case" in metafunc.fixturenames:
+        found = list(cases.gpu_ops(session.step) if session.step else cases.cpu_ops(session.quick))
+        if session.dry:
+            found = sorted(set(map(_tiny, found)), key=str)
+        metafunc.parametrize("op_case", found, ids=str, scope="module")
+        metafunc.parametrize("provider", session.op_providers)
+    if "model_case" in metafunc.fixturenames:
+        found_models = [] if session.step else list(cases.cpu_models(session.quick))
+        metafunc.parametrize("model_case", found_models, ids=str, scope="module")
+
+
+def _tiny(case: cases.OpCase) -> cases.OpCase:
+    K, N, M = case.K // 64, case.N // 64, min(case.M, 64)
+    mode = "fwd" if case.mode == "graph" else case.mode
+    return cases.OpCase(case.site, K, N, M, min(case.R, 16), mode, case.dtype, case.adapters, case.dropout)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: dict[str, Any]) -> None:
+    """Add what pytest-benchmark cannot know: ceilings, versions, commit, results that were wrong and so not timed."""
+    session = config.stash[_SESSION]
+    output_json["peft_fast"] = {**session.describe(), "seconds": round(time.time() - session.started)}
+    output_json["wrong"] = session.wrong
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)  # the ratios per round are in extra_info
+    json.dumps(output_json["peft_fast"])

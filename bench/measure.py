@@ -1,0 +1,193 @@
+"""Clocks, ceilings, errors. Timings are taken in rounds, each provider once per round: a slow moment hits all alike.
+
+On the CPU a timing is the process's CPU time: with one thread it is the wall time of a quiet machine, on any machine.
+"""
+
+import gc
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SAMPLE_SECONDS = 3e-3  # a sample is as many calls as take this long
+_MAX_ROUNDS = 101
+
+
+def interleaved(
+    functions: dict[str, Callable[[int], Any]], device: torch.device, seconds: float, min_rounds: int = 7
+) -> dict[str, list[float]]:
+    """Seconds per call of each function, one entry per round; the order rotates from round to round."""
+    names = list(functions)
+    calls = {name: _calls_per_sample(functions[name], device) for name in names}
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.disable()
+    try:
+        start = time.perf_counter()
+        for done in range(_MAX_ROUNDS):
+            if done >= min_rounds and time.perf_counter() - start > seconds:
+                break
+            turn = done % len(names)
+            for name in names[turn:] + names[:turn]:
+                samples[name].append(sample(functions[name], calls[name], device))
+            gc.collect(0)
+    finally:
+        gc.enable()
+    return samples
+
+
+def sample(function: Callable[[int], Any], calls: int, device: torch.device) -> float:
+    """Seconds per call over ``calls`` calls."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        start.record()
+        for i in range(calls):
+            function(i)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / 1e3 / calls
+    begin = time.process_time()
+    for i in range(calls):
+        function(i)
+    return (time.process_time() - begin) / calls
+
+
+def _calls_per_sample(function: Callable[[int], Any], device: torch.device) -> int:
+    function(0)
+    once = sample(function, 3, device)
+    if once > _SAMPLE_SECONDS:
+        return 1
+    return max(1, min(1000, round(_SAMPLE_SECONDS / max(once, 1e-7))))
+
+
+def ratio(samples: dict[str, list[float]], name: str, to: str) -> dict[str, float]:
+    """Median over the rounds of name's time over to's in the same round, with the quartiles."""
+    values = sorted(a / b for a, b in zip(samples[name], samples[to], strict=True))
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    return {"median": round(middle, 4), "low": round(low, 4), "high": round(high, 4)}
+
+
+def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
+    """bytes/s of a copy, flop/s of a square product per dtype, as torch gets them here and now, on random data."""
+    cuda = device.type == "cuda"
+    size = 64 if tiny else 8192 if cuda else 1024
+    source = torch.randn(1 << (12 if tiny else 28 if cuda else 25), device=device)
+    target = torch.empty_like(source)
+    found = {"bytes": 2 * source.nbytes / _best(lambda i: target.copy_(source), device)}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        found[name] = 2 * size**3 / _best(lambda i, x=x, y=y: x @ y, device)
+    return found
+
+
+def _best(function: Callable[[int], Any], device: torch.device) -> float:
+    function(0)
+    return min(sample(function, 1, device) for _ in range(9))
+
+
+def graphed(function: Callable[[int], Any], calls: int) -> Callable[[int], Any]:
+    """``calls`` calls captured in one CUDA graph; a call of the result replays all of them."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            function(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(calls):
+            function(i)
+    return lambda i: graph.replay()
+
+
+def error_over_budget(
+    out: Sequence[Tensor], same: Sequence[Tensor], exact: Sequence[Tensor], norm: float = float("inf")
+) -> tuple[float, float]:
+    """(largest relative error, largest share of the error budget used); a share above 1 is wrong.
+
+    A tensor's budget: twice the error of plain torch in the same dtype (``same``), plus one rounding of the result.
+    Errors are measured in ``norm``: the largest element for one op, the Euclidean norm after many layers.
+    """
+    if [t.shape for t in out] != [t.shape for t in exact]:
+        return float("inf"), float("inf")
+    worst_error = worst_share = 0.0
+    for ours, plain, truth in zip(out, same, exact, strict=True):
+        size, error, plain_error = (
+            torch.linalg.vector_norm(t.double(), norm).item()
+            for t in (truth, ours.double() - truth, plain.double() - truth)
+        )
+        share = error / (2 * plain_error + torch.finfo(ours.dtype).eps * size)
+        if not math.isfinite(share):
+            return float("inf"), float("inf")
+        worst_error, worst_share = max(worst_error, error / size), max(worst_share, share)
+    return worst_error, worst_share
+
+
+class PeakMemory:
+    """Context: bytes of tensors alive at the worst moment, above what was alive at the start."""
+
+    bytes = 0
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._start = torch.cuda.memory_allocated(self.device)
+        else:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            self._profile = torch.profiler.profile(activities=activities, profile_memory=True)
+            self._profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
+            return
+        self._profile.__exit__(*error)
+        events = self._profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+        alive = 0
+        for _, change in changes:
+            alive += change
+            self.bytes = max(self.bytes, alive)
+
+
+def saved_bytes(function: Callable[[], Any], but: Sequence[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of ``function``; a storage counts once, those of ``but`` not."""
+    known = {t.untyped_storage().data_ptr() for t in but}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = function()
+    del result
+    return sum(kept.values())
+
+
+def commit() -> str:
+    """The checkout's commit, with "+" if it has changes."""
+    here = Path(__file__).parent
+    try:
+        name = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        )
+        dirty = subprocess.run(["git", "status", "--porcelain", "--", "../peft_fast", "../csrc_triton"], cwd=here,
+                               capture_output=True, text=True, check=True)  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")

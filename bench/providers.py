@@ -1,0 +1,173 @@
+"""Who is measured at a linear site, on the same numbers: the frozen base, plain torch, peft, peft_fast."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cases import OpCase
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SCALING = 2.0
+
+
+@dataclass
+class Site:
+    """The tensors of a case. ``copies`` of the weights make a decode find them outside the cache."""
+
+    case: OpCase
+    x: Tensor
+    dy: Tensor
+    copies: list[tuple[Tensor, Tensor, Tensor]]  # w (N, K), a (R, K), b (N, R)
+
+
+def make_site(case: OpCase, device: torch.device, cache_bytes: int) -> Site:
+    """Random tensors as large as a trained model's; where M is small, copies of w that overflow the cache twice."""
+    dtype, adapters = DTYPES[case.dtype], DTYPES[case.adapters]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int, std: float, dtype: torch.dtype) -> Tensor:
+        return (torch.randn(*shape, generator=generator, device=device) * std).to(dtype)
+
+    size = case.N * case.K * dtype.itemsize
+    count = min(64, 1 + 2 * cache_bytes // size) if case.M <= 64 else 1
+    copies = [
+        (
+            random(case.N, case.K, std=case.K**-0.5, dtype=dtype),
+            random(case.R, case.K, std=case.K**-0.5, dtype=adapters),
+            random(case.N, case.R, std=0.1, dtype=adapters),
+        )
+        for _ in range(count)
+    ]
+    x = random(case.M, case.K, std=1.0, dtype=dtype)
+    return Site(case, x, random(case.M, case.N, std=1.0, dtype=dtype), copies)
+
+
+class _Plain(nn.Module):
+    """The formula as one writes it; adapters take part in x's dtype, as under autocast."""
+
+    def __init__(self, w: Tensor, a: Tensor, b: Tensor, case: OpCase) -> None:
+        super().__init__()
+        self.w, self.p = w, case.dropout
+        self.a, self.b = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = F.linear(F.dropout(x, self.p, self.training), self.a.to(x.dtype))
+        return F.linear(x, self.w) + F.linear(s, self.b.to(x.dtype)) * SCALING
+
+
+class _Forced(_Plain):
+    """peft_fast's op with an implementation forced, which never falls back."""
+
+    implementation = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        from peft_fast.ops.functional import lora_linear, new_seed
+
+        p = self.p if self.training else 0.0
+        seed = new_seed(x.device) if p else None
+        return lora_linear(
+            x, self.w, self.a, self.b, SCALING, dropout_p=p, seed=seed, implementation=self.implementation
+        )
+
+
+def _base(w: Tensor, a: Tensor, b: Tensor, case: OpCase) -> nn.Module:
+    layer = nn.Linear(case.K, case.N, bias=False, device="meta")
+    layer.weight = nn.Parameter(w, requires_grad=False)
+    return layer
+
+
+def _library(name: str) -> Callable[..., nn.Module]:
+    """The LoRA layer that a library puts in place of nn.Linear, called as a model calls it."""
+
+    def build(w: Tensor, a: Tensor, b: Tensor, case: OpCase) -> nn.Module:
+        library = importlib.import_module(name)
+        config = library.LoraConfig(
+            r=case.R, lora_alpha=case.R * SCALING, lora_dropout=case.dropout, target_modules=["0"]
+        )
+        layer: Any = library.inject_adapter_in_model(config, nn.Sequential(_base(w, a, b, case)))[0]
+        layer.lora_A["default"].weight = nn.Parameter(a.clone())
+        layer.lora_B["default"].weight = nn.Parameter(b.clone())
+        return layer
+
+    return build
+
+
+def _forced(implementation: str) -> Callable[..., nn.Module]:
+    def build(w: Tensor, a: Tensor, b: Tensor, case: OpCase) -> nn.Module:
+        layer = _Forced(w, a, b, case)
+        layer.implementation = implementation
+        return layer
+
+    return build
+
+
+PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor, OpCase], nn.Module]] = {
+    "base": _base,
+    "plain torch": _Plain,
+    "peft": _library("peft"),
+    "peft_fast": _library("peft_fast"),
+}
+KERNELS = {f"peft_fast:{name}": _forced(name) for name in ("torch", "one_launch", "split")}
+
+
+def layers(provider: str, site: Site) -> list[nn.Module]:
+    """The provider's layer for each copy of the weights."""
+    build = (PROVIDERS | KERNELS)[provider]
+    return [build(w, a, b, site.case) for w, a, b in site.copies]
+
+
+def adapter_weights(layer: Any) -> tuple[Tensor, ...]:
+    """a and b of any provider's layer; nothing of the base."""
+    return tuple(weight for weight in layer.parameters() if weight.requires_grad)
+
+
+def outputs(layer: nn.Module, site: Site) -> list[Tensor]:
+    """y, and in training dx, da, db, without dropout: what is compared with fp64 before anything is timed."""
+    layer.eval()
+    if site.case.mode != "train":
+        with torch.no_grad():
+            return [layer(site.x)]
+    x = site.x.detach().requires_grad_()
+    y = layer(x)
+    return [y.detach(), *torch.autograd.grad(y, (x, *adapter_weights(layer)), site.dy)]
+
+
+def exact(site: Site, lora: bool) -> list[Tensor]:
+    """The same in fp64."""
+    w, a, b = (t.double() for t in site.copies[0])
+    x, dy = site.x.double(), site.dy.double()
+    s, ds = SCALING * x @ a.T, SCALING * dy @ b
+    y = x @ w.T + (s @ b.T if lora else 0)
+    if site.case.mode != "train":
+        return [y]
+    dx = dy @ w + (ds @ a if lora else 0)
+    return [y, dx, ds.T @ x, dy.T @ s] if lora else [y, dx]
+
+
+def runner(provider: str, site: Site) -> Callable[[int], Any]:
+    """The function to time: call i uses copy i of the weights."""
+    all_layers = layers(provider, site)
+    count = len(all_layers)
+    if site.case.mode != "train":
+        for layer in all_layers:
+            layer.eval()
+
+        @torch.no_grad()
+        def forward(i: int) -> Tensor:
+            return all_layers[i % count](site.x)
+
+        return forward
+    x = site.x.detach().requires_grad_()
+
+    def step(i: int) -> Any:
+        layer = all_layers[i % count]
+        return torch.autograd.grad(layer(x), (x, *adapter_weights(layer)), site.dy)
+
+    for layer in all_layers:
+        layer.train()
+    return step
