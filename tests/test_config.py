@@ -202,3 +202,12 @@ def test_a_default_configuration_says_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LoraConfig(**SETTINGS[1])
+
+
+def test_names_of_utils_are_pefts() -> None:
+    from peft_fast import utils
+
+    for name in [*utils.__all__, "_freeze_adapter", "_get_submodules", "_set_adapter", "_set_trainable"]:
+        assert hasattr(utils, name) and hasattr(peft.utils, name), name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = utils.nothing

@@ -667,3 +667,48 @@ def test_no_adapter_left() -> None:
     ours.delete_adapter("default")
     assert ours.active_adapters == [] and not ours.has_active_enabled_adapter
     torch.testing.assert_close(logits(ours), logits(make_base("llama", TASK)), rtol=0, atol=0)
+
+
+def test_a_base_that_accelerate_offloads(tmp_path: Path) -> None:
+    from accelerate import cpu_offload, disk_offload
+
+    _, ours = make_pair("llama", TASK)
+    ours.save_pretrained(tmp_path / "adapter")
+    base = cpu_offload(make_base("llama", TASK), execution_device=torch.device("cpu"))
+    assert {p.device.type for p in base.parameters()} == {"meta"}
+    loaded = peft_fast.PeftModel.from_pretrained(base, tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(ours))
+    on_disk = disk_offload(make_base("llama", TASK), tmp_path / "weights", execution_device=torch.device("cpu"))
+    for module in on_disk.modules():  # as for a model that was loaded straight to disk
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            module._hf_hook.original_devices = dict.fromkeys(module._hf_hook.original_devices, torch.device("meta"))
+    expected = logits(on_disk)
+    with pytest.raises(ValueError, match="offloaded to disk is not supported by peft_fast yet"):
+        peft_fast.PeftModel.from_pretrained(on_disk, tmp_path / "adapter")
+    assert torch.equal(logits(on_disk), expected)
+
+
+def test_ignore_mismatched_sizes(tmp_path: Path) -> None:
+    _, ours = make_pair("llama", TASK, modules_to_save=["lm_head"])
+    ours.save_pretrained(tmp_path)
+    for library in (peft, peft_fast):
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            library.PeftModel.from_pretrained(make_base("llama", TASK, vocab_size=70), str(tmp_path))
+        with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):
+            loaded = library.PeftModel.from_pretrained(
+                make_base("llama", TASK, vocab_size=70), str(tmp_path), ignore_mismatched_sizes=True
+            )
+        assert loaded.get_output_embeddings().weight.shape[0] == 70
+
+
+def test_key_mapping(tmp_path: Path) -> None:
+    """Names that the file has from an older version of the architecture."""
+    _, ours = make_pair("llama", TASK)
+    ours.save_pretrained(tmp_path)
+    old = {key.replace(".layers.", ".blocks."): value for key, value in load_file(tmp_path / WEIGHTS).items()}
+    save_file(old, tmp_path / WEIGHTS)
+    for library in (peft, peft_fast):
+        loaded = library.PeftModel.from_pretrained(
+            make_base("llama", TASK), str(tmp_path), key_mapping={r"\.blocks\.": ".layers."}
+        )
+        torch.testing.assert_close(logits(loaded), logits(ours))

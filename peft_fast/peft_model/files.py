@@ -18,6 +18,7 @@ from ..config import PeftConfig, PushToHubMixin
 from ..model_card import CARD_NAME, model_card
 from ..tuners._injection import Snapshot
 from ..utils.initial_adapter import relative_to_initial
+from ..utils.offload import dispatch_again, take_hooks_off
 from ..utils.save_and_load import check_adapter_directory, get_peft_model_state_dict, load_adapter_weights
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             low_cpu_mem_usage: make the layers without memory for the weights that are about to come.
             key_mapping: pattern -> replacement for the names in the file, without "base_model.model.".
             kwargs: subfolder, revision, token, cache_dir, ... of the Hub; torch_device, the device to read to;
-                ignore_mismatched_sizes.
+                ignore_mismatched_sizes; device_map and max_memory, for a base that accelerate offloads to the CPU.
         Returns: the class that the configuration's task_type says, or `cls` without one.
         Raises: ValueError for files that are missing, malformed or do not belong to the model; RuntimeError ("size
             mismatch") for shapes. The model is as it was then.
@@ -156,6 +157,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         task = str(getattr(config.task_type, "value", config.task_type))
         target: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
+        offloaded = take_hooks_off(model)
         before, had_config = Snapshot(model, adapter_name), hasattr(model, "peft_config")
         try:
             wrapped: PeftModel = target(
@@ -172,7 +174,11 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             before.restore()
             if not had_config and hasattr(model, "peft_config"):
                 del model.peft_config
+            if offloaded:
+                dispatch_again(model, model, kwargs)
             raise
+        if offloaded:
+            dispatch_again(wrapped, model, kwargs)
         return wrapped
 
     def load_adapter(
