@@ -26,7 +26,7 @@ def get_peft_model(
     autocast_adapter_dtype: bool = True,
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
-) -> PeftModel | PeftMixedModel:
+) -> PeftModel:
     """Put a new adapter on a model, which is changed in place.
 
     Args:
@@ -37,9 +37,11 @@ def get_peft_model(
         revision: of the base model, noted in the configuration.
         low_cpu_mem_usage: create the adapter on the meta device; only if weights are loaded into it.
     Returns: the class that `peft_config.task_type` says, PeftModel without one.
-    Raises: as PeftModel.
+    Raises: as PeftModel; ValueError for `mixed`.
     """
     check_adapter_name(adapter_name)
+    if mixed:
+        PeftMixedModel(model, peft_config, adapter_name=adapter_name)  # raises
     old_name, new_name = peft_config.base_model_name_or_path, model.__dict__.get("name_or_path") or None
     peft_config.base_model_name_or_path = new_name
     if any(isinstance(layer, BaseTunerLayer) for _, layer in adapter_layers(model)):
@@ -63,8 +65,6 @@ def get_peft_model(
             )
         peft_config.revision = revision
     warn_if_in_prefix(adapter_name, peft_config)
-    if mixed:
-        return PeftMixedModel(model, peft_config, adapter_name=adapter_name)
     task = getattr(peft_config.task_type, "value", peft_config.task_type)
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)(
         model,

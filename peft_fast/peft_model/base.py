@@ -162,7 +162,7 @@ class PeftModel(AdapterFiles):
         return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
 
     def _returns_dict(self, return_dict: bool | None) -> bool:
-        return getattr(self.config, "return_dict", True) if return_dict is None else return_dict
+        return getattr(getattr(self, "config", None), "return_dict", True) if return_dict is None else return_dict
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> None:
         """Make the embeddings' output require grad: reentrant checkpointing gives no gradient where no input needs one.
@@ -313,7 +313,8 @@ class PeftModel(AdapterFiles):
 
 def warn_if_in_prefix(adapter_name: str, peft_config: PeftConfig) -> None:
     """Warn of names that can be mistaken for a part of a parameter's name, as PEFT does."""
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(PeftType(peft_config.peft_type))
+    peft_type: Any = peft_config.peft_type
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type)
     if prefix and adapter_name in prefix:
         warnings.warn(
             f"Adapter name '{adapter_name}' should not be contained in the prefix '{prefix}'. "
