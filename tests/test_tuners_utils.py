@@ -242,6 +242,16 @@ def test_failed_first_injection_leaves_the_model_as_it_was(monkeypatch: pytest.M
     assert config.target_modules == "all-linear" and not hasattr(model, "peft_config")
 
 
+def test_failure_after_the_base_was_frozen_gives_the_gradients_back() -> None:
+    model = bert()
+    before = state_of(model)
+    with pytest.raises(TypeError, match="modules_to_save cannot be applied"):  # a ModuleList cannot be trained whole
+        LoraModel(
+            model, LoraConfig(target_modules=["pooler.dense"], modules_to_save=["classifier", "layer"]), "default"
+        )
+    assert state_of(model) == before and all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("active", [False, True])
 @pytest.mark.parametrize("call", [1, 3])
 def test_failed_second_injection_leaves_the_first(monkeypatch: pytest.MonkeyPatch, call: int, active: bool) -> None:
@@ -555,6 +565,11 @@ def test_another_method_needs_a_layer_and_one_function() -> None:
     for clone in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
         assert torch.equal(clone(x), tuner(x)) and flags(clone) == flags(tuner)
         assert clone.active_adapters == ["default"] and clone.model is not tuner.model
+    tuner.peft_config["second"] = LoraConfig(target_modules=["0", "1"])
+    tuner.inject_adapter(net, "second")
+    assert [name for name, p in tuner.named_parameters() if p.requires_grad] == ["model.0.tiny_scale.default"]
+    assert [layer.active_adapters for layer in tuner_layers(net)] == [["default"]] * 2
+    tuner.delete_adapter("second")
     functional.cast_adapter_dtype(net, "default")
     assert layer.tiny_scale["default"].dtype == torch.float32 and layer.tiny_scale["default"].requires_grad
     set_adapter(net, [])
