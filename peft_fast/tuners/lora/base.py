@@ -168,7 +168,7 @@ class LoraLayer(BaseTunerLayer):
         weight = weight + delta.to(weight.dtype)
         finite = torch.isfinite(weight).all()
         if bias is not None:
-            bias = bias + self._delta_bias(name).to(bias.dtype)
+            bias = (bias + self._delta_bias(name)).to(bias.dtype)
             finite &= torch.isfinite(bias).all()
         if not finite:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
