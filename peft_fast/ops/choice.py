@@ -1,11 +1,34 @@
-"""Which implementation an op takes, and why: argument, environment variable, measured table, safe path, in this order."""
+"""Which implementation an op takes, and why: argument, environment variable, measured table, safe path, in this order.
 
+    torch       plain torch: the vendor's GEMMs, addmm into the base's output. The safe path, and what CPU tensors take
+    addmm       the same GEMMs, but s and dropout's mask from a kernel: the safe path on a GPU when there is dropout
+    one_launch  base and update in one kernel, for few rows (``ONE_LAUNCH_MAX_RANK``, ``ONE_LAUNCH_MAX_MR``)
+    split       s by one kernel, base and update by a second one
+    peft        PEFT's own order of casts, in plain torch
+
+A kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says that it wins:
+
+    {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gpu", "torch", "triton", "date", "commit"}
+
+where M is the largest M the row speaks for, R counts up to the next power of two, and gpu and triton have to agree.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
 import os
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-IMPLEMENTATIONS = ("auto", "torch", "one_launch", "split", "peft")
+IMPLEMENTATIONS = ("auto", "torch", "addmm", "one_launch", "split", "peft")
+VARIABLE = "PEFT_FAST_LORA"
+ONE_LAUNCH_MAX_RANK = 128  # s of a program's rows stays in registers
+ONE_LAUNCH_MAX_MR = 16384  # every program computes s: beyond this, that costs more than a second launch
+_KERNELS = ("addmm", "one_launch", "split")
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class Choice(NamedTuple):
@@ -15,9 +38,24 @@ class Choice(NamedTuple):
     reason: str
 
 
+class Situation(NamedTuple):
+    """A line of ``peft-fast info``."""
+
+    op: str
+    situation: str
+    choice: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.op:<12} {self.situation:<48} {self.choice:<11} {self.reason}"
+
+
 def requested(op: str, implementation: str | None) -> str:
-    """Return what the caller or the environment asks for, checked; "auto" when neither does."""
-    name = implementation or os.environ.get("PEFT_FAST_LORA") or "auto"
+    """Return what the caller or the environment asks for, checked; "auto" when neither does.
+
+    Raises: ValueError on an unknown name.
+    """
+    name = implementation or os.environ.get(VARIABLE) or "auto"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"{op}: implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
     return name
@@ -27,8 +65,110 @@ def choose(
     op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int,
     *, needs_grad: bool = False, p: float = 0.0, implementation: str | None = None,
 ) -> Choice:  # fmt: skip
-    """Return the implementation for one call of ``op``."""
+    """Return the implementation for one call of ``op`` on x (M, K), w (N, K), rank R, with dropout p.
+
+    ``needs_grad`` changes nothing today: every implementation returns what the backward needs.
+    Raises: ValueError on an unknown name, or when "one_launch" is forced beyond its bound; RuntimeError when a forced
+    kernel cannot
+        run on ``device``; TypeError when it has no version for ``dtype``.
+    """
     name = requested(op, implementation)
     if name != "auto":
-        return Choice(name, "forced")
-    return Choice("torch", "no measured entry")
+        if name in _KERNELS:
+            _check_forced(op, name, device, dtype, M, R)
+        return Choice(name, "forced by the argument" if implementation == name else f"forced by {VARIABLE}")
+    if device.type != "cuda":
+        return Choice("torch", f"{device.type} tensors take plain torch")
+    if dtype not in _KERNEL_DTYPES:
+        return Choice("torch", f"no kernels for {_name(dtype)}")
+    if not _has_triton():
+        return Choice("torch", "triton is not installed")
+    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), p > 0):
+        if limit >= M:
+            return choice
+    where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
+    if p > 0:
+        # plain torch would draw the mask on the CPU
+        return Choice(
+            "addmm", f"no measured entry for {where} with dropout; the vendor's GEMMs, the mask from a kernel"
+        )
+    return Choice("torch", f"no measured entry for {where}; the vendor's GEMMs")
+
+
+def describe() -> list[Situation]:
+    """What ``choose`` answers in typical situations on this machine's devices, for ``peft-fast info``."""
+    devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    rows = []
+    for device in devices:
+        where = "cpu" if device.type == "cpu" else f"{device} {_gpu(device)}"
+        for what, M, p in (("one token", 1, 0.0), ("2048 tokens", 2048, 0.0), ("2048 tokens, dropout", 2048, 0.05)):
+            try:
+                choice = choose("lora_linear", device, torch.bfloat16, M, 4096, 4096, 16, p=p)
+            except (RuntimeError, ValueError, TypeError) as error:
+                choice = Choice("an error", str(error))
+            rows.append(Situation("lora_linear", f"{where}, 4096x4096 bf16 r16, {what}", *choice))
+    return rows
+
+
+def _check_forced(op: str, name: str, device: torch.device, dtype: torch.dtype, M: int, R: int) -> None:
+    forced = f"{op}: implementation {name!r}"
+    instead = f"leave the argument implementation= (or {VARIABLE}) at 'auto', or force 'torch'"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{forced} is a GPU kernel and x is on {device}: move x to a GPU; or {instead}")
+    if not _has_triton():
+        raise RuntimeError(f"{forced} needs triton, which is not installed: pip install triton; or {instead}")
+    if dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"{forced} has no kernel for {_name(dtype)}, only for fp16, bf16 and fp32; {instead}")
+    if name == "one_launch" and (R > ONE_LAUNCH_MAX_RANK or M * R > ONE_LAUNCH_MAX_MR):
+        raise ValueError(
+            f"{forced} is for R <= {ONE_LAUNCH_MAX_RANK} and M * R <= {ONE_LAUNCH_MAX_MR}, "
+            f"got M = {M} and R = {R}: force 'split', or {instead}"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _measured(
+    op: str, device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
+) -> tuple[tuple[int, Choice], ...]:
+    """(largest M, choice) of every row that was measured for this, ascending in M."""
+    key = (op, _gpu(device), _triton_version(), _name(dtype), N, K, R, dropout)
+    found = []
+    for row in _table():
+        names = (row[name] for name in ("op", "gpu", "triton", "dtype", "N", "K"))
+        if (*names, _bucket(row["R"]), row["dropout"]) == key:
+            reason = f"measured on {row['gpu']}, {row['date']}, commit {row['commit']}, for M up to {row['M']}"
+            found.append((row["M"], Choice(row["implementation"], reason)))
+    return tuple(sorted(found))
+
+
+@functools.cache
+def _table() -> list[dict[str, Any]]:
+    """The committed rows; read as data, so that csrc_triton (and triton with it) is not imported."""
+    package = importlib.util.find_spec("csrc_triton")
+    if package is None or package.origin is None:
+        return []
+    return json.loads((Path(package.origin).parent / "tables" / "choice.json").read_text())
+
+
+@functools.cache
+def _gpu(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device)
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _triton_version() -> str:
+    return ".".join(importlib.metadata.version("triton").split(".")[:2])
+
+
+def _bucket(R: int) -> int:
+    """The power of two that a kernel rounds the rank up to, at least 16."""
+    return max(16, 1 << (R - 1).bit_length())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,167 @@
+"""The choice of an implementation: order of precedence, errors that name what to do, and the table's rows."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_fast.ops import choice
+from peft_fast.ops.choice import choose
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+ROW = {
+    "op": "lora_linear", "dtype": "bfloat16", "dropout": False, "M": 64, "N": 512, "K": 256, "R": 16,
+    "implementation": "one_launch", "gpu": "Test GPU", "torch": "2.13.0", "triton": "3.9",
+    "date": "2026-01-02", "commit": "abc",
+}  # fmt: skip
+
+
+@pytest.fixture
+def table(monkeypatch):
+    """A GPU that is not there, and a table to fill."""
+    rows = []
+    monkeypatch.setattr(choice, "_table", lambda: rows)
+    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
+    monkeypatch.setattr(choice, "_has_triton", lambda: True)
+    monkeypatch.setattr(choice, "_triton_version", lambda: "3.9")
+    choice._measured.cache_clear()
+    yield rows
+    choice._measured.cache_clear()
+
+
+def pick(device=GPU, dtype=torch.bfloat16, M=64, N=512, K=256, R=16, **options):
+    return choose("lora_linear", device, dtype, M, N, K, R, **options)
+
+
+def test_cpu_takes_plain_torch_whatever_the_table_says(table):
+    table.append(ROW)
+    assert pick(CPU) == ("torch", "cpu tensors take plain torch")
+
+
+def test_nothing_measured_is_the_safe_path_and_says_so(table):
+    assert pick().name == "torch"
+    assert pick().reason.startswith("no measured entry for Test GPU at bfloat16 M=64 N=512 K=256 R=16")
+
+
+def test_dropout_on_a_gpu_takes_the_mask_from_a_kernel(table):
+    name, reason = pick(p=0.1)
+    assert name == "addmm" and "mask from a kernel" in reason
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({}, "one_launch"),
+        ({"M": 1}, "one_launch"),
+        ({"R": 9}, "one_launch"),
+        ({"M": 65}, "torch"),
+        ({"R": 17}, "torch"),
+        ({"N": 513}, "torch"),
+        ({"K": 255}, "torch"),
+        ({"dtype": torch.float16}, "torch"),
+        ({"p": 0.1}, "addmm"),
+    ],
+    ids=str,
+)
+def test_a_measured_row_speaks_for_its_own_key_only(table, change, expected):
+    table.append(ROW)
+    result = pick(**change)
+    assert result.name == expected
+    if expected == "one_launch":
+        assert result.reason == "measured on Test GPU, 2026-01-02, commit abc, for M up to 64"
+
+
+@pytest.mark.parametrize("change", [{"gpu": "Other GPU"}, {"triton": "3.6"}, {"op": "lora_update"}], ids=str)
+def test_a_row_of_another_machine_is_not_used(table, change):
+    table.append(ROW | change)
+    assert pick().name == "torch"
+
+
+def test_the_row_of_the_smallest_sufficient_M_wins(table):
+    table += [ROW | {"M": 4096, "implementation": "split"}, ROW, ROW | {"M": 8, "implementation": "torch"}]
+    assert [pick(M=M).name for M in (1, 8, 9, 64, 65, 4096)] == [
+        "torch",
+        "torch",
+        "one_launch",
+        "one_launch",
+        "split",
+        "split",
+    ]
+
+
+def test_without_kernels_for_it(table, monkeypatch):
+    assert pick(dtype=torch.float64) == ("torch", "no kernels for float64")
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    assert pick(p=0.5) == ("torch", "triton is not installed")
+
+
+def test_the_argument_wins_over_the_variable_and_that_over_the_table(table, monkeypatch):
+    table.append(ROW)
+    monkeypatch.setenv("PEFT_FAST_LORA", "split")
+    assert pick() == ("split", "forced by PEFT_FAST_LORA")
+    assert pick(implementation="torch") == ("torch", "forced by the argument")
+    assert pick(CPU, implementation="peft").name == "peft"
+    assert pick(implementation="auto").name == "one_launch"
+
+
+@pytest.mark.parametrize("name", ["addmm", "one_launch", "split"])
+def test_a_forced_kernel_never_falls_back(table, monkeypatch, name):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(
+        RuntimeError, match=rf"lora_linear: implementation '{name}' is a GPU kernel and x is on cpu: move x"
+    ):
+        pick(CPU, implementation=name)
+    with pytest.raises(TypeError, match="no kernel for float64"):
+        pick(dtype=torch.float64, implementation=name)
+    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        pick(implementation=name)
+
+
+def test_one_launch_has_a_bound(table):
+    assert pick(M=128, R=128, implementation="one_launch").name == "one_launch"
+    with pytest.raises(ValueError, match=r"R <= 128 and M \* R <= 16384, got M = 129 and R = 128: force 'split'"):
+        pick(M=129, R=128, implementation="one_launch")
+    with pytest.raises(ValueError, match="R = 129"):
+        pick(M=1, R=129, implementation="one_launch")
+
+
+def test_an_unknown_name_lists_the_names(monkeypatch):
+    with pytest.raises(ValueError, match=r"must be one of \('auto', 'torch', 'addmm', .*got 'fastest'"):
+        pick(CPU, implementation="fastest")
+    monkeypatch.setenv("PEFT_FAST_LORA", "quick")
+    with pytest.raises(ValueError, match="got 'quick'"):
+        pick(CPU)
+
+
+def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
+    rows = choice.describe()
+    assert {"cpu, 4096x4096 bf16 r16, one token"} <= {row.situation for row in rows}
+    assert all(row.op == "lora_linear" and row.reason for row in rows)
+    assert f"{rows[0]}".startswith("lora_linear  cpu, 4096x4096 bf16 r16, one token")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("PEFT_FAST_LORA", "split")
+    assert choice.describe()[0].choice == "an error"
+
+
+def test_committed_rows_are_complete():
+    tables = Path(choice.importlib.util.find_spec("csrc_triton").origin).parent / "tables"
+    provenance = {"gpu", "torch", "triton", "date", "commit", "M", "N", "K", "R", "dtype"}
+    for name, own in (("choice.json", {"op", "dropout", "implementation"}), ("configs.json", {"kernel", "config"})):
+        for row in json.loads((tables / name).read_text()):
+            assert provenance | own <= set(row), f"{name}: {row}"
+
+
+def test_choosing_imports_no_triton():
+    code = """
+import sys
+from peft_fast.ops import choice
+choice.describe()
+print({"triton", "csrc_triton"} & set(sys.modules))
+"""
+    root = Path(__file__).parents[1]
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert out.stdout.strip() == "set()"
