@@ -144,7 +144,7 @@ def test_accelerate_hooks_of_the_copy_are_its_own() -> None:
     add_hook_to_module(head, AlignDevicesHook(execution_device="cpu"))
     wrapper = ours.ModulesToSaveWrapper(head, "one")
     clone = wrapper.modules_to_save["one"]
-    assert clone._hf_hook is not head._hf_hook
+    assert clone._hf_hook is not head._hf_hook and clone.forward.args[0] is clone
     randomize(clone)
     x = torch.randn(3, 4)
     assert not torch.equal(wrapper(x), head(x))
@@ -193,16 +193,17 @@ def test_set_trainable_as_peft() -> None:
 
 def test_set_adapter_changes_nothing_when_it_refuses() -> None:
     net = Net()
-    ours._set_trainable(net, "one", ["sub_head"], inference_mode=False)
+    ours._set_trainable(net, "one", ["body"], inference_mode=False)  # visited before the one that refuses
     for name in ("one", "two"):
-        ours._set_trainable(net, name, ["body"], inference_mode=False)
-    ours._set_adapter(net, "one")
+        ours._set_trainable(net, name, ["sub_head"], inference_mode=False)
+    ours._set_adapter(net, "two")
     before = flags(net)
     with pytest.raises(ValueError, match="Only one adapter"):
         ours._set_adapter(net, ["two", "one"])
-    assert flags(net) == before and net.sub_head.active_adapters == ["one"]
-    ours._set_adapter(net, "two")
-    assert net.sub_head.active_adapters == [] and net.body.active_adapters == ["two"]
+    assert flags(net) == before
+    assert net.body.active_adapters == [] and net.sub_head.active_adapters == ["two"]
+    ours._set_adapter(net, "one")
+    assert net.body.active_adapters == ["one"] and net.sub_head.active_adapters == ["one"]
 
 
 def test_names_and_module_look_ups() -> None:

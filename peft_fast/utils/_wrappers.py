@@ -5,7 +5,6 @@
 """
 
 import copy
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -170,7 +169,7 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
         """Copy the original for one more adapter; the copy is trainable if that adapter is the active one."""
         super().update(adapter_name)
         if adapter_name not in self.modules_to_save:
-            self.modules_to_save[adapter_name] = _independent_copy(self.original_module)
+            self.modules_to_save[adapter_name] = copy.deepcopy(self.original_module)
         self.original_module.requires_grad_(False)
         _set_layer_requires_grad(self.modules_to_save[adapter_name], adapter_name in self.active_adapters)
 
@@ -241,17 +240,3 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
             if name in self.modules_to_save:
                 return self.modules_to_save[name]
         return self.original_module
-
-
-def _independent_copy(module: nn.Module) -> nn.Module:
-    """A deep copy; where accelerate has hooked the module, the copy gets a hook of its own instead of a copied one."""
-    clone = copy.deepcopy(module)
-    old = getattr(clone, "_hf_hook", None)
-    if old is not None:
-        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
-
-        accepted = inspect.signature(type(old).__init__).parameters
-        hook = type(old)(**{key: value for key, value in vars(old).items() if key in accepted})
-        remove_hook_from_module(clone)
-        add_hook_to_module(clone, hook)
-    return clone
