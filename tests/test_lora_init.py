@@ -110,6 +110,27 @@ def test_low_cpu_mem_usage_still_changes_the_base() -> None:
     assert torch.equal(logits(model), logits(expected))
 
 
+def test_a_rank_above_the_number_of_singular_values() -> None:
+    """The factors have the rank that the config, and a file, says."""
+    for method in ("pissa", "olora", "pissa_niter_2"):
+        weight = torch.randn(5, 12)
+        layer = nn.Linear(12, 5)
+        layer.weight.data = weight.clone()
+        mine = Linear(layer, "default", LoraConfig(init_lora_weights=method), r=7, lora_alpha=3)
+        assert mine.lora_A["default"].weight.shape == (7, 12) and mine.lora_B["default"].weight.shape == (5, 7)
+        whole = layer.weight + mine.get_delta_weight("default")
+        torch.testing.assert_close(whole, weight, rtol=1e-4, atol=1e-5)
+
+
+def test_a_refused_initialisation_changes_no_base_weight() -> None:
+    for last in (nn.Conv2d(2, 2, 1), nn.Linear(8, 8).double()):
+        base = nn.Sequential(nn.Linear(8, 8), last)
+        before = {key: value.clone() for key, value in base.state_dict().items()}
+        with pytest.raises((ValueError, TypeError), match="init_lora_weights='pissa'"):
+            LoraModel(base, LoraConfig(target_modules=["0", "1"], init_lora_weights="pissa"), "default")
+        assert all(torch.equal(base.state_dict()[key], value) for key, value in before.items())
+
+
 def test_errors() -> None:
     with pytest.raises(TypeError, match="needs a base weight in fp32, fp16 or bf16"):
         Linear(nn.Linear(8, 8).double(), "default", LoraConfig(init_lora_weights="pissa"), r=2, lora_alpha=1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 _PISSA_NITER = re.compile(r"pissa_niter_(\d+)")
 
@@ -44,20 +45,33 @@ def init_lora_weights(layer: Any, adapter_name: str, method: bool | str) -> None
         nn.init.zeros_(b.bias)
 
 
+def check_init(base_layer: Any, method: bool | str) -> None:
+    """Raises what `init_lora_weights` would for a layer over this base; to be asked before any base is changed."""
+    if isinstance(method, bool) or method.lower() == "gaussian" or isinstance(base_layer, nn.Embedding):
+        return
+    weight = getattr(base_layer, "weight", None)
+    if weight is not None and weight.ndim != 2 and weight.is_floating_point():
+        raise ValueError(f"Unknown initialization init_lora_weights={method!r} for {type(base_layer).__name__} layers")
+    dtype = getattr(weight, "dtype", None)
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(
+            f"init_lora_weights={method!r} needs a base weight in fp32, fp16 or bf16, got {dtype}: initialise "
+            "first, quantize what is left of the base afterwards"
+        )
+
+
 @torch.no_grad()
 def _init_from_base(layer: Any, adapter_name: str, method: str) -> None:
     """Factor the base weight's main part into A and B, and leave the rest in the base."""
     base_layer = layer.get_base_layer()
+    check_init(base_layer, method)
     weight = base_layer.weight
-    if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise TypeError(
-            f"init_lora_weights={method!r} needs a base weight in fp32, fp16 or bf16, got {weight.dtype}: initialise "
-            "first, quantize what is left of the base afterwards"
-        )
     r, scaling = layer.r[adapter_name], layer.scaling[adapter_name]
     w = weight.data.float()
     w = w.T if layer.fan_in_fan_out else w
-    a, b = _olora(w, r) if method == "olora" else _pissa(w, r, scaling, method)
+    rank = min(r, *w.shape)  # there are no more singular values; the rest of A and B is 0
+    a, b = _olora(w, rank) if method == "olora" else _pissa(w, rank, scaling, method)
+    a, b = F.pad(a, (0, 0, 0, r - rank)), F.pad(b, (0, r - rank))
     layer.lora_A[adapter_name].weight = nn.Parameter(a.contiguous())
     layer.lora_B[adapter_name].weight = nn.Parameter(b.contiguous())
     rest = (w - scaling * b @ a).to(weight.dtype)

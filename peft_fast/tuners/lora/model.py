@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.other import ModulesToSaveWrapper, _freeze_adapter
 from ..tuners_utils import BaseTuner, get_pattern_key
+from .init import check_init
 from .layer import LoraLayer, dispatch_default
 from .weighted import COMBINATION_TYPES, PLAIN_TYPES, Recipe, combine_layer
 
@@ -37,7 +38,9 @@ class LoraModel(BaseTuner):
             raise ValueError("layer_replication is not supported by peft_fast yet; leave it at None")
 
     def _check_targets(self, peft_config: Any, targets: Sequence[tuple[str, nn.Module]]) -> None:
-        """Raises: ValueError for a module that LoRA cannot adapt, or whose groups do not divide the rank."""
+        """Raises: ValueError for a module whose groups do not divide the rank, or that lacks what the config asks for;
+        TypeError for a base weight that the initialisation cannot read.
+        """
         for name, module in targets:
             base: Any = module.get_base_layer() if isinstance(module, LoraLayer) else module
             r, groups = self._rank_and_alpha(peft_config, name)[0], getattr(base, "groups", 1)
@@ -48,6 +51,7 @@ class LoraModel(BaseTuner):
                 )
             if isinstance(base, nn.Embedding) and peft_config.lora_bias:
                 raise ValueError(f"{name!r}: lora_bias=True is not supported for Embedding.")
+            check_init(base, peft_config.init_lora_weights)
 
     @staticmethod
     def _rank_and_alpha(config: Any, key: str) -> tuple[int, float]:
