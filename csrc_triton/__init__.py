@@ -1,1 +1,1 @@
-"""Triton device code: kernels with their launchers beside them. Imports torch and triton only; knows tensors, never modules."""
+"""Triton device code: kernels with their launchers. Imports torch and triton only; knows tensors, never modules."""

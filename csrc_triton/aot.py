@@ -1,7 +1,7 @@
-"""What the ahead-of-time check compiles: a kernel module's ``aot_cases()`` yields every configuration that tuning may choose.
+"""What the ahead-of-time check compiles: each kernel module's ``aot_cases()`` yields all that tuning may choose.
 
-Integers and pointers are compiled as divisible by 16, as they are at the sites of real models; a stride of 1 and an absent tensor
-(None) are constants, as Triton makes them at a launch.
+Integers and pointers are compiled as divisible by 16, as they are at the sites of real models; a stride of 1 and an
+absent tensor (None) are constants, as Triton makes them at a launch.
 """
 
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ RANKS = (16, 64, 128)
 class AotCase:
     """One compilation.
 
-    kernel: the jit function.    name: the kernel's name in tables.    label: configuration and variant.    archs: where to compile it.
-    signature: type of each argument ("*bf16", "i32", "fp32", "constexpr").    constexprs: values of those that are constants.
+    kernel: the jit function.    name: the kernel's name in tables.    label: configuration and variant.
+    archs: where to compile it.  signature: type of each argument ("*bf16", "i32", "fp32", "constexpr").
+    constexprs: values of the arguments that are constants.
     options: num_warps, num_stages.    matmul: False only where no tensor cores are used by design.
     """
 
@@ -30,7 +31,7 @@ class AotCase:
 
 
 def case(kernel: Any, name: str, label: str, candidate: Any, types: dict[str, str], **constants: Any) -> AotCase:
-    """A case from a candidate: arguments not in ``types`` are constants, taken from its configuration or ``constants``."""
+    """A case from a candidate: its configuration and ``constants`` are constants, other arguments have ``types``."""
     config = {k: v for k, v in candidate.config.items() if k in kernel.arg_names}
     values = config | constants
     return AotCase(
@@ -40,14 +41,15 @@ def case(kernel: Any, name: str, label: str, candidate: Any, types: dict[str, st
         archs=candidate.archs,
         signature={arg: "constexpr" if arg in values else types[arg] for arg in kernel.arg_names},
         constexprs=values,
-        options={k: candidate.config[k] for k in ("num_warps", "num_stages")},
+        options=dict(num_warps=candidate.num_warps, num_stages=candidate.num_stages),
         matmul=candidate.itemsize == 2,
     )
 
 
 def ranks(candidate: Any) -> list[int]:
     """The values of BLOCK_R a candidate is compiled with."""
-    return [R for R in RANKS if R <= min(candidate.max_rank, candidate.config.get("LARGEST_R", R))]
+    largest = candidate.blocks.get("LARGEST_R", candidate.max_rank)
+    return sorted({min(R, largest) for R in RANKS if R <= candidate.max_rank})
 
 
 def x_type(candidate: Any) -> str:

@@ -1,7 +1,9 @@
-"""Dropout's keep mask, one bit per element: bit k & 7 of byte k >> 3 of row m. Defined in peft_fast/reference.py: dropout_bits.
+"""Dropout's keep mask, one bit per element: bit k & 7 of byte k >> 3 of row m.
 
-A word serves two neighbouring columns, so a byte is drawn from four words: everything stays elementwise on (BLOCK_M, BLOCK_K / 8)
-tiles and only the finished bytes change their layout.
+The definition is peft_fast/reference.py: dropout_bits. The kernels draw the very same bits.
+
+A word serves two neighbouring columns, so a byte is drawn from four words: everything stays elementwise on
+(BLOCK_M, BLOCK_K / 8) tiles, and only the finished bytes change their layout.
 """
 
 import triton
@@ -23,7 +25,7 @@ def _mix(h):
 
 @triton.jit
 def row_keys(seed_ptr, offs_m):
-    """The keys of rows offs_m, and the two halves of the seed, which is read here, on the device: a replayed graph sees a new one."""
+    """The keys of rows offs_m, and the seed's halves: read here, on the device, so a replayed graph sees new ones."""
     seed = tl.load(seed_ptr)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)

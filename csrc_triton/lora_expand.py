@@ -17,10 +17,10 @@ from .dropout import expand_bits
 from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 CANDIDATES = candidates("lora_expand", [
-    Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=64, num_warps=4, num_stages=2), CUDA, default_to=64),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128, LARGEST_R=64, num_warps=4, num_stages=2), CUDA, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=64, num_warps=4, num_stages=2), SMALL, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=64, LARGEST_R=32, num_warps=8, num_stages=2), ARCHS, 4, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=64), 4, 2, CUDA, default_to=64),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128, LARGEST_R=64), 4, 2, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=64), 4, 2, SMALL, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64, LARGEST_R=32), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 

@@ -1,11 +1,12 @@
-"""GEMM with the low-rank update in its accumulator: y = keep * (s @ b.T) + x @ w.T + bias. y is written once and never read.
+"""GEMM with the low-rank update in its accumulator: y = keep * (s @ b.T) + x @ w.T + bias, written once, never read.
 
-    forward   x (M, K)   w (N, K)       s  (M, R)   b   (N, R)   bias (N,)   no mask
-    dX        dY (M, N)  w.T (K, N)     ds (M, R)   a.T (K, R)   no bias     bits (M, ceil(K / 8)), the forward's keep mask
+    forward   x  (M, K)   w   (N, K)   s  (M, R)   b   (N, R)   bias (N,)
+    dX        dY (M, N)   w.T (K, N)   ds (M, R)   a.T (K, R)   bits (M, ceil(K / 8)), the forward's keep mask
 
-The low-rank product comes first, not last: it initialises the accumulator, so that dropout's mask is applied in place. After the
-main loop it would need a second accumulator of the same size, which spills. w may have any strides. b may be fp32 beside a 16-bit x.
-Accumulates in fp32; one rounding, at the store. Traffic: M*K + N*K + M*N elements + R*(M + N). arXiv:2106.09685.
+The low-rank product comes first, not last: it initialises the accumulator, so that dropout's mask is applied in
+place. After the main loop it would need a second accumulator of the same size, which spills. w may have any strides.
+b may be fp32 beside a 16-bit x. Accumulates in fp32; one rounding, at the store. Traffic: M*K + N*K + M*N elements +
+R*(M + N). arXiv:2106.09685.
 """
 
 from collections.abc import Iterator
@@ -19,20 +20,18 @@ from .dropout import expand_bits
 from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 
-def _blocks(m: int, n: int, k: int, num_warps: int, num_stages: int, largest_r: int = 64) -> dict[str, int]:
-    blocks = dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, LARGEST_R=largest_r)
-    return blocks | dict(num_warps=num_warps, num_stages=num_stages)
+def _blocks(m: int, n: int, k: int, largest_r: int = 64) -> dict[str, int]:
+    return dict(BLOCK_M=m, BLOCK_N=n, BLOCK_K=k, GROUP_M=8, LARGEST_R=largest_r)
 
 
 CANDIDATES = candidates("lora_gemm", [
-    Candidate(_blocks(32, 64, 128, 4, 3), CUDA, default_to=32),
-    Candidate(_blocks(64, 128, 64, 4, 3), CUDA, default_to=256),
-    Candidate(_blocks(128, 128, 64, 8, 3), CUDA, default_to=ALWAYS),
-    Candidate(_blocks(128, 256, 64, 8, 3), HOPPER),
-    Candidate(_blocks(128, 128, 32, 4, 4), ("sm_80",)),
-    Candidate(_blocks(64, 64, 32, 4, 2), SMALL, default_to=256),
-    Candidate(_blocks(128, 128, 32, 8, 2), SMALL, default_to=ALWAYS),
-    Candidate(_blocks(32, 64, 32, 8, 2, 32), ARCHS, 4, default_to=ALWAYS),
+    Candidate(_blocks(32, 64, 128), 4, 3, CUDA, default_to=32),
+    Candidate(_blocks(64, 128, 64), 4, 3, CUDA, default_to=256),
+    Candidate(_blocks(128, 128, 64), 8, 3, CUDA, default_to=ALWAYS),
+    Candidate(_blocks(128, 256, 64, 32), 8, 3, HOPPER),
+    Candidate(_blocks(64, 64, 32), 4, 2, SMALL, default_to=256),
+    Candidate(_blocks(128, 128, 32), 8, 2, SMALL, default_to=ALWAYS),
+    Candidate(_blocks(32, 64, 32, 32), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
@@ -84,9 +83,7 @@ def _lora_gemm_kernel(
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m & mask_n)
 
 
-def lora_gemm(
-    x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, bits: Tensor | None = None
-) -> Tensor:
+def lora_gemm(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, bits: Tensor | None = None) -> Tensor:
     """Return keep * (s @ b.T) + x @ w.T + bias, (M, N) in x.dtype. Trusts its caller."""
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
     y = x.new_empty((M, N))

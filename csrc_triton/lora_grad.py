@@ -3,9 +3,10 @@
     dB   t = dY (M, N)   v = s (M, R)    no mask; with b, the same pass also gives dS = dY @ b
     dA   t = x  (M, K)   v = dS (M, R)   bits (M, ceil(K / 8)), the forward's keep mask, or None
 
-A program owns a block of columns and ROWS rows: its part of g stays in registers, its part of dS goes to an fp32 plane of its own.
-Planes are added in a fixed order (planes.py): deterministic, no atomics. Rank blocks beyond the first re-read t (from L2).
-Accumulates in fp32. Traffic: M*C elements + planes: 8 bytes * R * (C * M / ROWS + M * C / BLOCK_C).
+A program owns a block of columns and ROWS rows: its part of g stays in registers, its part of dS goes to an fp32
+plane of its own. Planes are added in a fixed order (planes.py): deterministic, no atomics. Blocks of ranks beyond the
+first re-read t (from L2). Accumulates in fp32.
+Traffic: M*C elements + 8 bytes * R * M * C * (1 / ROWS + 1 / BLOCK_C) of planes; the second part only with dS.
 """
 
 from collections.abc import Iterator
@@ -22,11 +23,11 @@ from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, 
 
 # ROWS: rows of t that one program sums over
 CANDIDATES = candidates("lora_grad", [
-    Candidate(dict(BLOCK_M=64, BLOCK_C=128, LARGEST_R=64, ROWS=1024, num_warps=8, num_stages=3), CUDA, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_C=256, LARGEST_R=64, ROWS=1024, num_warps=8, num_stages=3), CUDA),
-    Candidate(dict(BLOCK_M=64, BLOCK_C=64, LARGEST_R=64, ROWS=1024, num_warps=4, num_stages=3), CUDA),
-    Candidate(dict(BLOCK_M=32, BLOCK_C=64, LARGEST_R=64, ROWS=1024, num_warps=4, num_stages=2), SMALL, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_C=32, LARGEST_R=32, ROWS=1024, num_warps=4, num_stages=2), ARCHS, 4, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_C=128, LARGEST_R=64, ROWS=1024), 8, 3, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_C=256, LARGEST_R=64, ROWS=1024), 8, 3, CUDA),
+    Candidate(dict(BLOCK_M=64, BLOCK_C=64, LARGEST_R=64, ROWS=1024), 4, 3, CUDA),
+    Candidate(dict(BLOCK_M=32, BLOCK_C=64, LARGEST_R=64, ROWS=1024), 4, 2, SMALL, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_C=32, LARGEST_R=32, ROWS=1024), 4, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
@@ -38,7 +39,7 @@ def _lora_grad_kernel(
     stride_gp, stride_gc, stride_gr, stride_dsp,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program sums one (BLOCK_C, BLOCK_R) tile of g over rows_per_program rows. With b, its share of dS = scale * t @ b too."""
+    """One program sums one (BLOCK_C, BLOCK_R) tile of g over rows_per_program rows. With b, its share of dS too."""
     pid_c = tl.program_id(0)
     offs_c = pid_c.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_r = tl.program_id(2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -53,7 +54,8 @@ def _lora_grad_kernel(
         bits_ptrs = bits_ptr + offs_m[:, None] * stride_bitsm + offs_byte[None, :]
     if b_ptr is not None:
         b_ptrs = b_ptr + offs_c[:, None] * stride_bc + offs_r[None, :] * stride_br
-        b = tl.load(b_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0).to(t_ptr.dtype.element_ty)  # (BLOCK_C, BLOCK_R)
+        b = tl.load(b_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)  # (BLOCK_C, BLOCK_R)
+        b = b.to(t_ptr.dtype.element_ty)
         ds_ptrs = ds_ptr + pid_c.to(tl.int64) * stride_dsp + offs_m[:, None] * R + offs_r[None, :]
 
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
@@ -73,7 +75,8 @@ def _lora_grad_kernel(
         t_ptrs += BLOCK_M * stride_tm
         v_ptrs += BLOCK_M * stride_vm
 
-    g_ptrs = g_ptr + tl.program_id(1).to(tl.int64) * stride_gp + offs_c[:, None] * stride_gc + offs_r[None, :] * stride_gr
+    g_ptr += tl.program_id(1).to(tl.int64) * stride_gp
+    g_ptrs = g_ptr + offs_c[:, None] * stride_gc + offs_r[None, :] * stride_gr
     tl.store(g_ptrs, acc.to(g_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
 
 
@@ -88,14 +91,15 @@ def lora_db(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lora_db_ds(dy: Tensor, s: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dB (N, R) = dY.T @ s in ``dtype``, and dS (M, R) = scale * dY @ b in dY's dtype, in one pass over dY. Trusts its caller."""
+    """dB as ``lora_db``, and dS (M, R) = scale * dY @ b in dY's dtype, in one pass over dY. Trusts its caller."""
     return _launch(dy, s, None, b, scale, dtype)
 
 
 def _launch(
-    t: Tensor, v: Tensor, bits: Tensor | None, b: Tensor | None, scale: float, dtype: torch.dtype, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Return g, (C, R) or transposed, in ``dtype``, and dS (empty without b). M > 0; a single plane is the result itself."""
+    t: Tensor, v: Tensor, bits: Tensor | None, b: Tensor | None,
+    scale: float, dtype: torch.dtype, transposed: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return g, (C, R) or transposed, in ``dtype``, and dS (empty without b). M > 0; one plane is the result itself."""
     (M, C), R = t.shape, v.shape[1]
     config = config_for("lora_grad", t, M, C, 0, R)
     BLOCK_M, BLOCK_R = config["BLOCK_M"], block_r(R, config.pop("LARGEST_R"))
@@ -134,6 +138,8 @@ def aot_cases() -> Iterator[AotCase]:
             constants = dict(BLOCK_R=BLOCK_R, stride_tc=1, stride_vr=1, stride_br=1)
             db = constants | dict(bits_ptr=None, stride_gr=1)
             yield case(_lora_grad_kernel, "lora_grad", f"r{BLOCK_R}-db-ds", candidate, types, **db)
-            yield case(_lora_grad_kernel, "lora_grad", f"r{BLOCK_R}-db", candidate, types, b_ptr=None, ds_ptr=None, **db)
+            yield case(
+                _lora_grad_kernel, "lora_grad", f"r{BLOCK_R}-db", candidate, types, b_ptr=None, ds_ptr=None, **db
+            )
             da = constants | dict(b_ptr=None, ds_ptr=None, stride_gc=1)
             yield case(_lora_grad_kernel, "lora_grad", f"r{BLOCK_R}-da", candidate, types, **da)

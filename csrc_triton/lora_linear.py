@@ -1,8 +1,8 @@
 """Forward of a linear layer with LoRA, as kernels: y = x @ w.T + bias + s @ b.T with s = scale * dropout(x) @ a.T.
 
-    one_launch  lora_one_launch                        few rows: one pass over w, no second launch
-    split       lora_shrink, then lora_gemm            one pass over x for s, then y written once and read never
-    addmm       lora_shrink, then the vendor's GEMM    the safe path with dropout: mask and s from the kernel, base and update from cuBLAS
+    one_launch  lora_one_launch                    few rows: one pass over w, no second launch
+    split       lora_shrink, lora_gemm             one pass over x for s, then y written once and never read
+    addmm       lora_shrink, the vendor's GEMMs    the safe path with dropout: only s and the mask from a kernel
 
 scale = scaling / (1 - p). Argument lists are those of the ops (peft_fast/ops/lora_linear.py), which checked everything.
 """
@@ -33,7 +33,7 @@ def lora_linear_fwd(
 def lora_update_fwd(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y = base + s @ b.T (M, N) in base.dtype, s and bits. There is no base product, so every implementation is two launches."""
+    """Return y = base + s @ b.T (M, N) in base.dtype, s and bits: two launches, whatever the implementation."""
     s, bits = lora_shrink(x, a, scaling / (1.0 - p), p, seed)
     y = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     return lora_expand(s, b, base, y), s, bits
@@ -42,6 +42,6 @@ def lora_update_fwd(
 def lora_linear_group_fwd(
     x: Tensor, ws: list[Tensor], biases: list[Tensor | None], as_: list[Tensor], bs: list[Tensor], scalings: list[float]
 ) -> list[tuple[Tensor, Tensor]]:
-    """(y, s) of each of several sites that read the same x (q, k, v; gate, up): one pass over x for all their s. No dropout."""
+    """(y, s) of several sites that read the same x (q, k, v; gate, up): one pass over x for all s. No dropout."""
     ss = lora_shrink_group(x, as_, scalings)
     return [(lora_gemm(x, w, bias, s, b), s) for w, bias, b, s in zip(ws, biases, bs, ss, strict=True)]

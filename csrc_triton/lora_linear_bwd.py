@@ -2,9 +2,9 @@
 
     dS = scale * dY @ b     dB = dY.T @ s     dA = dS.T @ (keep * x)     dX = dY @ w + keep * (dS @ a)
 
-dS and dB share one pass over dY, dA is one pass over x, dX is the forward's GEMM with the roles swapped. What is not needed is not
-computed. Deterministic: partial sums are added in a fixed order. dS is rounded to x.dtype; dA and dB are accumulated in fp32 and
-rounded once, to the dtype of a and b.
+dS and dB share one pass over dY, dA is one pass over x, dX is the forward's GEMM with the roles swapped. What is not
+needed is not computed. Deterministic: partial sums are added in a fixed order. dS is rounded to x.dtype; dA and dB
+are accumulated in fp32 and rounded once, to the dtype of a and b.
 """
 
 import torch
@@ -20,7 +20,7 @@ def lora_linear_bwd(
     dy: Tensor, x: Tensor, w: Tensor | None, a: Tensor, b: Tensor, s: Tensor, bits: Tensor,
     scaling: float, p: float, needs: list[bool], implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dx, da, db); one that ``needs`` does not ask for is an empty (0,) tensor. w None: dx is the update's part alone."""
+    """Return (dx, da, db); what ``needs`` does not ask for is empty, (0,). w None: dx is the update's part alone."""
     need_dx, need_da, need_db = needs
     dx, da, db = (t.new_empty(0) for t in (x, a, b))
     keep = bits if p > 0 else None

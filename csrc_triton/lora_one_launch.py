@@ -1,11 +1,14 @@
-"""Base product and low-rank update in one launch, for few rows: y = x @ w.T + s @ b.T + bias with s = scale * dropout(x) @ a.T.
+"""Base product and low-rank update in one launch, for few rows: y = x @ w.T + s @ b.T + bias.
+
+    s = scale * dropout(x) @ a.T
 
     x (M, K)   w (N, K)   a (R, K)   b (N, R)   bias (N,)   y (M, N)   s (M, R) and bits as lora_shrink.py gives them
 
-Every program computes s for its rows in the K loop that streams its columns of w: x is in registers anyway, a comes from L2, and the
-tensor cores idle while w arrives. That holds while R * M is small (the bound: ops/choice.py); beyond it, lora_shrink and lora_gemm.
-s is stored by the programs of the first columns, so the backward has it. a and b may be fp32 beside a 16-bit x.
-Accumulates in fp32; s is rounded before it meets b. Traffic: N*K + M*K elements from memory, R*K per program from L2.
+Every program computes s for its rows in the K loop that streams its columns of w: x is in registers anyway, a comes
+from L2, and the tensor cores idle while w arrives. That holds while R * M is small (the bound: ops/choice.py); beyond
+it, lora_shrink and lora_gemm. s is stored by the programs of the first columns, so the backward has it. a and b may
+be fp32 beside a 16-bit x. Accumulates in fp32; s is rounded before it meets b.
+Traffic: N*K + M*K elements from memory, R*K per program from L2.
 """
 
 from collections.abc import Iterator
@@ -17,16 +20,15 @@ from torch import Tensor
 
 from .aot import AotCase, case, ranks, x_type
 from .dropout import draw_bytes, expand_bits, row_keys, threshold_of
-from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 CANDIDATES = candidates("lora_one_launch", [
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128, num_warps=4, num_stages=3), CUDA, max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=256, num_warps=4, num_stages=3), CUDA, max_rank=16),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=4), CUDA, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64, num_warps=4, num_stages=3), CUDA, max_rank=64),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64, num_warps=4, num_stages=2), SMALL, max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, num_warps=4, num_stages=2), SMALL, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, num_warps=8, num_stages=2), ARCHS, 4, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128), 4, 3, CUDA, max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64), 4, 4, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64), 4, 3, HOPPER, max_rank=64),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), 4, 2, SMALL, max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32), 4, 2, SMALL, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
@@ -85,7 +87,7 @@ def _lora_one_launch_kernel(
 def lora_one_launch(
     x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y (M, N), s (M, R), both in x.dtype, and bits (M, ceil(K / 8)), or (0, 0) when p is 0. Trusts its caller; N > 0."""
+    """Return y (M, N), s (M, R), both in x.dtype, and bits (M, ceil(K / 8)), or (0, 0) when p is 0. N > 0."""
     (M, K), N, R = x.shape, w.shape[0], a.shape[0]
     y, s = x.new_empty((M, N)), x.new_empty((M, R))
     bits = x.new_empty((M, (K + 7) // 8) if p > 0 else (0, 0), dtype=torch.uint8)
@@ -108,8 +110,8 @@ def aot_cases() -> Iterator[AotCase]:
         x = x_type(candidate)
         strides = "xm wn ar bn ym bitsm".split()
         types = dict(
-            x_ptr=x, w_ptr=x, bias_ptr=x, a_ptr="*fp32", b_ptr="*fp32", y_ptr=x, s_ptr=x, bits_ptr="*u8", seed_ptr="*i64",
-            scale="fp32", threshold="i32", M="i32", N="i32", K="i32", R="i32",
+            x_ptr=x, w_ptr=x, bias_ptr=x, a_ptr="*fp32", b_ptr="*fp32", y_ptr=x, s_ptr=x, bits_ptr="*u8",
+            seed_ptr="*i64", scale="fp32", threshold="i32", M="i32", N="i32", K="i32", R="i32",
             **{f"stride_{name}": "i32" for name in strides},
         )  # fmt: skip
         for BLOCK_R in ranks(candidate):

@@ -1,12 +1,13 @@
 """LoRA shrink: s = scale * dropout(x) @ a.T in one pass over x, drawing the dropout mask on the way.
 
-    x (M, K) activations          a (R, K) lora_A.weight of one site, or of several that read the same x, one above the other
-    s (M, R) dtype of x           bits (M, ceil(K / 8)) keep mask, see dropout.py
+    x (M, K) activations        a    (R, K) lora_A.weight of one site, or of several that read the same x, stacked
+    s (M, R) dtype of x         bits (M, ceil(K / 8)) keep mask, see dropout.py
 
     s = scale * sum_k keep[m, k] * x[m, k] * a[r, k]
 
-a may be fp32 beside a 16-bit x: it is converted in the load. Accumulates in fp32; one rounding, at the store. Where M is too small to
-fill the GPU, K is split: each split writes an fp32 plane and the planes are added in a fixed order (no atomics).
+a may be fp32 beside a 16-bit x: it is converted in the load. Accumulates in fp32; one rounding, at the store. Where M
+is too small to fill the GPU, K is split: each split writes an fp32 plane and the planes are added in a fixed order
+(no atomics).
 Traffic: M*K + R*K elements + M*K/8 bytes of mask. Hu et al. 2021, arXiv:2106.09685, eq. 3.
 """
 
@@ -22,14 +23,14 @@ from .dropout import draw_bytes, expand_bits, row_keys, threshold_of
 from .planes import sum_planes
 from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
 
-# PROGRAMS: how many programs to aim at when K is split. LARGEST_R: beyond it the grid gets a third axis, and x is read once more
-# (from L2) per block of ranks.
+# PROGRAMS: how many programs to aim at when K is split. LARGEST_R: beyond it the grid gets a third axis, and x is
+# read once more (from L2) per block of ranks.
 CANDIDATES = candidates("lora_shrink", [
-    Candidate(dict(BLOCK_M=16, BLOCK_K=128, LARGEST_R=64, PROGRAMS=256, num_warps=4, num_stages=3), CUDA, default_to=512),
-    Candidate(dict(BLOCK_M=64, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256, num_warps=4, num_stages=3), CUDA, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=128, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256, num_warps=8, num_stages=3), CUDA),
-    Candidate(dict(BLOCK_M=32, BLOCK_K=64, LARGEST_R=64, PROGRAMS=256, num_warps=4, num_stages=2), SMALL, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_K=32, LARGEST_R=64, PROGRAMS=256, num_warps=8, num_stages=2), ARCHS, 4, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_K=128, LARGEST_R=64, PROGRAMS=256), 4, 3, CUDA, default_to=512),
+    Candidate(dict(BLOCK_M=64, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256), 4, 3, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=128, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256), 8, 3, CUDA),
+    Candidate(dict(BLOCK_M=32, BLOCK_K=64, LARGEST_R=64, PROGRAMS=256), 4, 2, SMALL, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_K=32, LARGEST_R=64, PROGRAMS=256), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
@@ -73,7 +74,9 @@ def _lora_shrink_kernel(
     tl.store(out_ptrs, out, mask=mask_m & mask_r)
 
 
-def lora_shrink(x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def lora_shrink(
+    x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return s (M, R) in x.dtype, and bits (M, ceil(K / 8)), or (0, 0) when p is 0. Trusts its caller."""
     planes, bits, scale_left = _launch(x, a, scale, p, seed, fp32=False)
     if planes.dtype == x.dtype and planes.shape[0] == 1:
@@ -95,7 +98,7 @@ def lora_shrink_group(x: Tensor, as_: list[Tensor], scales: list[float]) -> list
 def _launch(
     x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None, fp32: bool
 ) -> tuple[Tensor, Tensor, float]:
-    """Return planes (P, M, R), bits, and the factor the planes still want. One plane is final, in x.dtype, unless fp32 is asked for."""
+    """Return planes (P, M, R), bits, and the factor the planes still want. One plane is final unless fp32 is asked."""
     (M, K), R = x.shape, a.shape[0]
     config = config_for("lora_shrink", x, M, 0, K, R)
     BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(R, config.pop("LARGEST_R"))

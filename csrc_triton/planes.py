@@ -1,4 +1,6 @@
-"""Sum of partial results in a fixed order: out = scale * (planes[0] + planes[1] + ...), fp32, one rounding. Deterministic split sums.
+"""Sum of partial results in a fixed order, hence deterministic: out = scale * (planes[0] + planes[1] + ...).
+
+fp32, one rounding.
 
     planes (P, rows, cols) fp32, cols contiguous      out (rows, cols), cols contiguous
 

@@ -1,7 +1,7 @@
-"""Which configuration a kernel runs with: a row measured on this GPU, else a documented default. Pure lookups, nothing is timed.
+"""Which configuration a kernel runs with: a row measured on this GPU, else a documented default. Pure lookups.
 
-Each kernel module lists its candidates: every configuration that tuning may choose, all of them compiled ahead of time and free of
-spills (``python -m bench aot``). ``tables/configs.json`` holds what was measured, as a list of rows
+Each kernel module lists its candidates: every configuration that tuning may choose, all of them compiled ahead of
+time and free of spills (``python -m bench aot``). ``tables/configs.json`` holds what was measured, as a list of rows
 
     {"kernel", "dtype", "M", "N", "K", "R", "config", "gpu", "torch", "triton", "date", "commit"}
 
@@ -31,22 +31,30 @@ TABLE = Path(__file__).parent / "tables" / "configs.json"
 class Candidate:
     """A configuration tuning may choose.
 
-    config: the kernel's BLOCK_* (and what its launcher reads besides), num_warps, num_stages.
-    archs: where it is offered.    itemsize: of x; 4 means fp32 products without tensor cores.    max_rank: largest R it is for.
+    blocks: the kernel's BLOCK_*, and what its launcher reads besides.
+    archs: where it is offered.    itemsize: of x; 4 means fp32 products without tensor cores.
+    max_rank: largest R, rounded up to a power of two, that it is for.
     default_to: the default up to this M where nothing was measured (the first candidate that fits); 0: never a default.
     """
 
-    config: dict[str, int]
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
     archs: tuple[str, ...] = ARCHS
     itemsize: int = 2
     max_rank: int = 1 << 30
     default_to: int = 0
 
     @property
+    def config(self) -> dict[str, int]:
+        """All of it, as a row of the table has it."""
+        return self.blocks | dict(num_warps=self.num_warps, num_stages=self.num_stages)
+
+    @property
     def label(self) -> str:
         """Such as 128x256x64-w8-s3."""
-        blocks = "x".join(str(size) for name, size in self.config.items() if name.startswith("BLOCK_"))
-        return f"{blocks}-w{self.config['num_warps']}-s{self.config['num_stages']}"
+        sizes = "x".join(str(size) for name, size in self.blocks.items() if name.startswith("BLOCK_"))
+        return f"{sizes}-w{self.num_warps}-s{self.num_stages}"
 
 
 ALWAYS = 1 << 62
