@@ -119,8 +119,13 @@ def _time(seconds: float) -> str:
     return f"{seconds / 1e-6:.3g} us"
 
 
-def readme_table(result: dict[str, Any]) -> str:
-    """The summary for README.md: model cases, all ratios to the base model without an adapter."""
+def readme_table(result: dict[str, Any] | None) -> str:
+    """The summary for README.md: models as multiples of the base without an adapter. Raises: ValueError if quick."""
+    if result is None:
+        return "Not measured yet."
+    about = result["peft_fast"]
+    if about["quick"] or about["dry"]:
+        raise ValueError("README.md shows a whole run of `python -m bench run`, and this one was --quick or --dry")
     lines = ["| | base | peft | peft_fast | peft_fast / peft |", "|---|---|---|---|---|"]
     rows = rows_of(result, "model")
     for case, by_provider in rows.items():
@@ -134,15 +139,12 @@ def readme_table(result: dict[str, Any]) -> str:
             cells += [f"{by_provider[name]['peak_bytes_to_base']:.2f}x" for name in ("peft", "peft_fast")]
             cells.append(f"{by_provider['peft_fast']['peak_bytes'] / by_provider['peft']['peak_bytes']:.2f}")
             lines.append(f"| growth of memory in that step | {' | '.join(cells)} |")
-    about = result["peft_fast"]
     lines += [
         "",
         "Llama with hidden size 512 and 8 layers, LoRA of rank 16 on all linear layers, as `get_peft_model` makes it. "
         "Medians of interleaved rounds, as multiples of the base model without an adapter. "
         f"`python -m bench run` on {where(result)}.",
     ]
-    if about["quick"]:
-        raise SystemExit("python -m bench report --readme: this is a --quick run, which is not what README.md shows")
     return "\n".join(lines)
 
 
@@ -182,11 +184,9 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         axes.invert_yaxis()
         axes.set_xlim(0, 1.12 * max(i["ratio_to_base"]["median"] for p in rows.values() for n, i in p.items()
                                     if n in names and "ratio_to_base" in i))  # fmt: skip
-        axes.set_xlabel("time / time of the base without an adapter (median of interleaved rounds); 1 = no overhead")
+        axes.set_xlabel("time over the time of the base without an adapter", fontsize=9)
         axes.set_title(f"{title}\n{result['peft_fast']['device']}, {result['peft_fast']['date']}", fontsize=10)
-        axes.legend(
-            loc="upper center", bbox_to_anchor=(0.5, -0.45 / figure.get_size_inches()[1]), ncols=3, frameon=False
-        )
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{stem}-{group}.png"
         figure.savefig(path, dpi=110)
