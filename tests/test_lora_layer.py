@@ -17,7 +17,7 @@ from numerics import assert_as_accurate
 from peft_fast.tuners.lora import LoraConfig, layer as our_layer
 
 K, N, R = 24, 20, 4
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def frozen(module: nn.Module) -> nn.Module:
@@ -67,9 +67,10 @@ def results(layer: nn.Module, x: Tensor, seed: int = 0) -> dict[str, Tensor]:
     return {"y": y.detach(), **grads} | ({"x": x.grad} if x.grad is not None else {})
 
 
-def check(mine: Any, their: Any, x: Tensor, exact: Any = None) -> dict[str, Tensor]:
-    """Each of `results` within twice the error of `their`, in the dtype of `mine`."""
-    exact = copy.deepcopy(mine if exact is None else exact).double()
+def check(mine: Any, their: Any, x: Tensor) -> dict[str, Tensor]:
+    """Each of `results` within twice the error of `their`, against peft's layer in fp64 with the weights of `mine`."""
+    exact = copy.deepcopy(their).double()
+    exact.load_state_dict(mine.state_dict())
     got, same = results(mine, x), results(their, x)
     reference = results(exact, x.double() if x.is_floating_point() else x)
     assert got.keys() == reference.keys()
@@ -87,6 +88,15 @@ def test_linear(base: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     got = check(mine, their, torch.randn(*shape, K).to(dtype))
     assert got["y"].dtype == dtype and got["y"].shape == (*shape, N)
     assert set(got) == {"y", "x", "lora_A.default.weight", "lora_B.default.weight"}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_linear_in_fp64(base: str) -> None:
+    mine, their = (layer.double() for layer in layers(frozen(BASES[base]())))
+    x = torch.randn(3, 5, K).double()
+    got, expected = results(mine, x), results(their, x)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
