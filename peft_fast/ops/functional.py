@@ -4,6 +4,8 @@
 output of one that is not (``lora_update``).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,8 @@ from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 
 __all__ = ["IMPLEMENTATIONS", "lora_linear", "lora_update", "new_seed"]
 
+_lora_linear: Any = LoraLinear.apply
+_lora_update: Any = LoraUpdate.apply
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -46,9 +50,7 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
     if w.requires_grad:
-        raise ValueError(
-            "lora_linear: w requires grad, but gets none here; freeze it or use lora_update(base, ...)"
-        )
+        raise ValueError("lora_linear: w requires grad, but gets none here; freeze it or use lora_update(base, ...)")
     N = w.shape[0]
     _check("lora_linear", x, a, b, N, dropout_p, seed)
     if w.shape != (N, x.shape[-1]):
@@ -64,7 +66,7 @@ def lora_linear(
     if _plain_inference(x, dropout_p, name):
         return reference.lora_linear(x, w, bias, a, b, scaling)
     args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
-    y = LoraLinear.apply(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
+    y: Tensor = _lora_linear(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
     return y.view(*x.shape[:-1], N)
 
 
@@ -100,7 +102,7 @@ def lora_update(
     if _plain_inference(x, dropout_p, name):
         return reference.lora_update(base, x, a, b, scaling)
     args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
-    y = LoraUpdate.apply(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
+    y: Tensor = _lora_update(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
     return y.view(base.shape)
 
 

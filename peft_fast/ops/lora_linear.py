@@ -66,6 +66,7 @@ class LoraLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None, a: Tensor, b: Tensor,
         scaling: float, p: float, seed: Tensor | None, implementation: str,
     ) -> Tensor:  # fmt: skip
+        y: Tensor
         y, s, bits = linear_fwd(x, w, bias, a, b, scaling, p, seed, implementation)
         ctx.save_for_backward(x, w, a, b, s, bits)
         ctx.scaling, ctx.p, ctx.implementation = scaling, p, implementation
@@ -91,6 +92,7 @@ class LoraUpdate(torch.autograd.Function):
         ctx: Any, base: Tensor, x: Tensor, a: Tensor, b: Tensor,
         scaling: float, p: float, seed: Tensor | None, implementation: str,
     ) -> Tensor:  # fmt: skip
+        y: Tensor
         y, s, bits = update_fwd(base, x, a, b, scaling, p, seed, implementation)
         ctx.save_for_backward(x, a, b, s, bits)
         ctx.scaling, ctx.p, ctx.implementation = scaling, p, implementation
