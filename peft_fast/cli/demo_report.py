@@ -116,7 +116,7 @@ def next_steps(out: Path, names: list[str]) -> str:
     adapter = out / "adapters" / names[-1]
     return f"""What to try next:
   peft-fast check {adapter} --base {out / "base"}
-  peft-fast demo --steps 200 --out {out}        # longer training, larger gains
+  peft-fast demo --steps 120 --out {out}        # longer training, larger gains
   peft-fast info                                # which implementation runs on this machine, and why
   python examples/minilm_classification.py      # in a checkout: LoRA on a real sentence encoder
   in Python, or with `from peft import ...`, which reads the same files:

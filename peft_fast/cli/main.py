@@ -85,7 +85,7 @@ def _add_demo(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
         type=_positive,
         default=None,
         metavar="N",
-        help="training steps per adapter (default: 60; 12 with --quick)",
+        help="training steps per adapter (default: 40; 12 with --quick)",
     )
     demo.add_argument("--seed", type=_not_negative, default=0, metavar="N", help="default: %(default)s")
     demo.add_argument(
@@ -100,7 +100,7 @@ def _add_demo(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
-    steps = args.steps or (12 if args.quick else 60)
+    steps = args.steps or (12 if args.quick else 40)
     return demo.run(demo.Settings(args.out, steps, args.seed, args.device, args.quick), fresh=args.fresh)
 
 
