@@ -1,7 +1,5 @@
 """`LoraModel`: LoRA layers in a model, and what can be done with several LoRA adapters at once."""
 
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,10 +13,6 @@ from ..tuners_utils import BaseTuner, get_pattern_key
 from .init import check_init
 from .layer import LoraLayer, dispatch_default
 from .weighted import COMBINATION_TYPES, PLAIN_TYPES, Recipe, combine_layer
-
-# what `path_initial_model_for_weight_conversion` is meant for, as config values begin
-_CONVERTIBLE = ("pissa", "olora", "true")
-_CHANGE_THE_BASE = ("pissa", "olora")
 
 
 class LoraModel(BaseTuner):
@@ -213,42 +207,3 @@ class LoraModel(BaseTuner):
             a, b = (factor.detach().to(value.device, value.dtype) for factor in layer._factors(adapter_name))
             tensors[key] = torch.cat([value, a]) if rest == "A.weight" else torch.cat([value, -b], dim=1)
         return tensors
-
-    @classmethod
-    def _convert_state_dict_for_initial_model(
-        cls,
-        peft_model: Any,
-        peft_config: Any,
-        path_initial_model_for_weight_conversion: str,
-        output_state_dict: Mapping[str, Tensor],
-        kwargs: Any = None,
-    ) -> Any:
-        """`subtract_mutated_init` with the initial adapter from a directory, loaded for the time of the call.
-
-        Raises: ValueError if the adapter's patterns cannot be converted, or the initial adapter would itself change
-            the base when loaded.
-        """
-        if peft_config.use_rslora and (peft_config.rank_pattern or peft_config.alpha_pattern):
-            raise ValueError(
-                "Passing `path_initial_model_for_weight_conversion` to `save_pretrained` is not supported when "
-                "using `rank_pattern` or `alpha_pattern` at the same time as `use_rslora=True`."
-            )
-        if not str(peft_config.init_lora_weights).lower().startswith(_CONVERTIBLE):
-            warnings.warn(
-                "`path_initial_model_for_weight_conversion` only works for converting a PiSSA/OLoRA adapter to a LoRA "
-                "adapter",
-                stacklevel=3,
-            )
-        directory, name = os.path.split(os.path.normpath(path_initial_model_for_weight_conversion))
-        try:
-            peft_model.load_adapter(directory, subfolder=name, adapter_name=name)
-            if str(peft_model.peft_config[name].init_lora_weights).lower().startswith(_CHANGE_THE_BASE):
-                raise ValueError(
-                    "The `init_lora_weights` parameter of the initial adapter should be set to `True`. "
-                    "Otherwise, `self.load_adapter` will subtract the decomposed values again based on the "
-                    "residual model."
-                )
-            return peft_model.base_model.subtract_mutated_init(output_state_dict, name, kwargs)
-        finally:
-            if name in peft_model.peft_config:
-                peft_model.delete_adapter(name)
