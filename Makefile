@@ -2,7 +2,7 @@
 .PHONY: test kernels lint format types aot bench demo ci
 
 test:
-	python -m pytest -n 2
+	python -m pytest -n 2 --dist worksteal
 
 kernels:
 	python -m pytest tests/interpreter
