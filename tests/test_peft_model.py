@@ -354,6 +354,8 @@ def test_missing_weights_warn_as_in_peft(tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             result = model.load_adapter(str(tmp_path), "second")  # peft looks for the name anywhere in the key
         assert list(result.missing_keys) == [lost.replace(".weight", ".second.weight")]
+    with pytest.raises(ValueError, match=r"strict=True needs all of them"):
+        peft_fast.PeftModel.from_pretrained(make_base("llama", TASK), str(tmp_path), strict=True)
 
 
 def damaged(how: str, directory: Path) -> None:

@@ -137,7 +137,8 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             low_cpu_mem_usage: make the layers without memory for the weights that are about to come.
             key_mapping: pattern -> replacement for the names in the file, without "base_model.model.".
             kwargs: subfolder, revision, token, cache_dir, ... of the Hub; torch_device, the device to read to;
-                ignore_mismatched_sizes; device_map and max_memory, for a base that accelerate offloads to the CPU.
+                ignore_mismatched_sizes; strict, to refuse a file that lacks weights instead of warning; device_map and
+                max_memory, for a base that accelerate offloads to the CPU.
         Returns: the class that the configuration's task_type says, or `cls` without one.
         Raises: ValueError for files that are missing, malformed or do not belong to the model; RuntimeError ("size
             mismatch") for shapes. The model is as it was then.
@@ -240,6 +241,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             self,
             directory,
             adapter_name,
+            strict=kwargs.get("strict", False),
             ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
             device=kwargs.get("torch_device"),
             low_cpu_mem_usage=low_cpu_mem_usage,
