@@ -66,8 +66,8 @@ def measured_op(op_case: OpCase, session: Session) -> Measured:
         lora = name != "base"
         try:
             out = providers.outputs(providers.layers(name, site)[0], site)
-        except (RuntimeError, ValueError, LookupError) as error:
-            if name in providers.KERNELS and "implementation" in str(error):
+        except ValueError as error:
+            if name in providers.KERNELS and name.split(":")[1] in str(error):
                 continue  # a forced kernel says that it is not for this size
             raise
         error, share = measure.error_over_budget(out, plain if lora else out, truth[lora])
