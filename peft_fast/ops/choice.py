@@ -147,7 +147,8 @@ def _table() -> list[dict[str, Any]]:
     package = importlib.util.find_spec("csrc_triton")
     if package is None or package.origin is None:
         return []
-    return json.loads((Path(package.origin).parent / "tables" / "choice.json").read_text())
+    rows: list[dict[str, Any]] = json.loads((Path(package.origin).parent / "tables" / "choice.json").read_text())
+    return rows
 
 
 @functools.cache
