@@ -134,7 +134,7 @@ _INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    if _in_fp32(x):
+    if _in_fp32(x):  # one token's time is the number of calls
         return y.add_(F.linear(F.linear(x.float(), a.float()), b.float()), alpha=scaling)
     s = F.linear(x, a.to(x.dtype)).to(y.dtype)
     y.view(-1, y.shape[-1]).addmm_(s.view(-1, s.shape[-1]), b.to(y.dtype).T, alpha=scaling)

@@ -300,3 +300,15 @@ def test_no_activation_sized_tensor_but_x_is_saved():
         functional.lora_linear(x, w, a, b, 2.0, bias, dropout_p=0.5, seed=functional.new_seed("cpu"))
     new = [t for t in saved if not any(t.data_ptr() == known.data_ptr() for known in (x, w, a, b, bias))]
     assert sorted(t.numel() * t.element_size() for t in new) == [256 * 64 // 8, 256 * 8 * 4]
+
+
+@pytest.mark.parametrize("change", [{"a": (3, 8)}, {"b": (6, 4)}, {"b": (1, 3)}, {"w": (6, 8)}, {"w": (5, 9)}], ids=str)
+def test_errors_are_the_same_without_gradients(change):
+    """Without gradients the checks come after torch's own refusal."""
+    tensors = dict(zip("xwab", make(5, 6, 9, 3, torch.bfloat16), strict=False))
+    tensors |= {name: torch.randn(shape).to(torch.bfloat16) for name, shape in change.items()}
+    with pytest.raises(ValueError) as with_gradients:
+        functional.lora_linear(*tensors.values(), 1.0)
+    with torch.no_grad(), pytest.raises(ValueError) as without:
+        functional.lora_linear(*tensors.values(), 1.0)
+    assert str(without.value) == str(with_gradients.value)

@@ -49,13 +49,19 @@ def lora_linear(
         implementation; TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
+    name = requested("lora_linear", implementation)
+    if _plain_inference(x, dropout_p, name) and b.shape[0] == w.shape[0]:
+        # The checks below cost as much as one token's update: they are made only when torch refuses.
+        try:
+            return reference.lora_linear(x, w, bias, a, b, scaling)
+        except RuntimeError:
+            pass
     if w.requires_grad:
         raise ValueError("lora_linear: w requires grad, but gets none here; freeze it or use lora_update(base, ...)")
     N = w.shape[0]
     _check("lora_linear", x, a, b, N, dropout_p, seed)
     if w.shape != (N, x.shape[-1]):
         raise ValueError(f"lora_linear: x (..., K) and w (N, K) must share K, got {_sizes(x, w)}")
-    name = requested("lora_linear", implementation)
     if name == "peft":
         return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p)
     dtype = _autocast_dtype(x)
@@ -63,8 +69,6 @@ def lora_linear(
         x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     if w.dtype != x.dtype:
         raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
-    if _plain_inference(x, dropout_p, name):
-        return reference.lora_linear(x, w, bias, a, b, scaling)
     args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
     y: Tensor = _lora_linear(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
     return y.view(*x.shape[:-1], N)
@@ -89,18 +93,18 @@ def lora_update(
     Returns: (..., N), a new tensor.
     Raises: as ``lora_linear``.
     """
+    name = requested("lora_update", implementation)
     N = base.shape[-1]
     _check("lora_update", x, a, b, N, dropout_p, seed)
     if base.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"lora_update: base (..., N) and x (..., K) must share their leading sizes, got {_sizes(base, x)}"
         )
-    name = requested("lora_update", implementation)
     if name == "peft":
         return _peft_update(base, x, a, b, scaling, dropout_p)
-    x = x.to(_autocast_dtype(x) or x.dtype)
     if _plain_inference(x, dropout_p, name):
         return reference.lora_update(base, x, a, b, scaling)
+    x = x.to(_autocast_dtype(x) or x.dtype)
     args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
     y: Tensor = _lora_update(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
     return y.view(base.shape)
@@ -139,11 +143,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def _plain_inference(x: Tensor, p: float, name: str) -> bool:
-    """Whether plain torch can be called with no operator around it, which costs more than one token's update."""
+    """Whether plain torch can be called with no operator around it: what is on a CPU, without gradients."""
     return (
         p == 0
-        and (name == "torch" or (name == "auto" and x.device.type == "cpu"))
         and not torch.is_grad_enabled()
+        and (name == "auto" or name == "torch")
+        and (device := x.device.type) == "cpu"
+        and not torch.is_autocast_enabled(device)
         and not torch.compiler.is_compiling()
     )
 
