@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,7 +144,7 @@ def train_adapters(
             bar.update(settings.steps)
             continue
         torch.manual_seed(settings.seed)
-        model = cast("PeftModel", get_peft_model(load_base(base, device), config, adapter_name=name))
+        model = get_peft_model(load_base(base, device), config, adapter_name=name)
         bar.set_description(f"training {name}")
         train(model, demo_data.to_ids(domain), settings, bar)
         model.save_pretrained(adapters)
