@@ -40,8 +40,17 @@ def lora_update_fwd(
 
 
 def lora_linear_group_fwd(
-    x: Tensor, ws: list[Tensor], biases: list[Tensor | None], as_: list[Tensor], bs: list[Tensor], scalings: list[float]
-) -> list[tuple[Tensor, Tensor]]:
-    """(y, s) of several sites that read the same x (q, k, v; gate, up): one pass over x for all s. No dropout."""
-    ss = lora_shrink_group(x, as_, scalings)
-    return [(lora_gemm(x, w, bias, s, b), s) for w, bias, b, s in zip(ws, biases, bs, ss, strict=True)]
+    x: Tensor, ws: list[Tensor], biases: list[Tensor | None], as_: list[Tensor], bs: list[Tensor],
+    scalings: list[float], implementation: str,
+) -> list[Tensor]:  # fmt: skip
+    """y (M, N_i) of several sites that read the same x (q, k, v; gate, up), then all s, (M, sum of R_i). No dropout.
+
+    "split": one pass over x for all s, then one GEMM per site; "one_launch": one launch per site.
+    """
+    if implementation == "one_launch":
+        sites = zip(ws, biases, as_, bs, scalings, strict=True)
+        ys, ss, _ = zip(*(lora_one_launch(x, w, bias, a, b, c, 0.0, None) for w, bias, a, b, c in sites), strict=True)
+        return [*ys, torch.cat(ss, dim=1)]
+    s = lora_shrink_group(x, as_, scalings)
+    parts = s.split([a.shape[0] for a in as_], dim=1)
+    return [*(lora_gemm(x, w, bias, part, b) for w, bias, b, part in zip(ws, biases, bs, parts, strict=True)), s]

@@ -84,15 +84,17 @@ def lora_shrink(
     return sum_planes(planes, x.new_empty(planes.shape[1:]), scale_left), bits
 
 
-def lora_shrink_group(x: Tensor, as_: list[Tensor], scales: list[float]) -> list[Tensor]:
-    """[scale * x @ a.T for each site] in one pass over x; the results may be views of one tensor."""
+def lora_shrink_group(x: Tensor, as_: list[Tensor], scales: list[float]) -> Tensor:
+    """scale * x @ a.T of each site, side by side, (M, sum of R), in one pass over x."""
     ranks = [a.shape[0] for a in as_]
     a = torch.cat([a.to(x.dtype) for a in as_])
     if len(set(scales)) == 1:
-        return list(lora_shrink(x, a, scales[0])[0].split(ranks, dim=1))
+        return lora_shrink(x, a, scales[0])[0]
     planes, _, _ = _launch(x, a, 1.0, 0.0, None, fp32=True)
-    parts = zip(planes.split(ranks, dim=2), scales, strict=True)
-    return [sum_planes(part, x.new_empty(part.shape[1:]), scale) for part, scale in parts]
+    s = x.new_empty(planes.shape[1:])
+    for part, out, scale in zip(planes.split(ranks, dim=2), s.split(ranks, dim=1), scales, strict=True):
+        sum_planes(part, out, scale)
+    return s
 
 
 def _launch(

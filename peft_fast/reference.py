@@ -85,6 +85,23 @@ def lora_linear_bwd(
     return dx, da, db
 
 
+def lora_linear_group_fwd(
+    x: Tensor,
+    ws: list[Tensor],
+    biases: list[Tensor | None],
+    as_: list[Tensor],
+    bs: list[Tensor],
+    scalings: list[float],
+) -> list[Tensor]:
+    """Return y (M, N_i) of each site that reads x, then all their s side by side, (M, sum of R_i). No dropout."""
+    s = F.linear(x, torch.cat([a.to(x.dtype) for a in as_]))
+    parts = s.split([a.shape[0] for a in as_], dim=1)
+    for part, scaling in zip(parts, scalings, strict=True):
+        part.mul_(scaling)
+    sites = zip(ws, biases, bs, parts, strict=True)
+    return [*(F.linear(x, w, bias).addmm_(part, b.to(x.dtype).T) for w, bias, b, part in sites), s]
+
+
 def dropout_bits(seed: Tensor, M: int, K: int, p: float) -> Tensor:
     """Draw the keep mask of an (M, K) activation: bit k & 7 of byte k >> 3 of row m says whether x[m, k] is kept.
 

@@ -31,8 +31,15 @@ def gpt2() -> nn.Module:
 def bert() -> nn.Module:
     return hf.BertForSequenceClassification(
         hf.BertConfig(
-            hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=51,
-            max_position_embeddings=16, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=51,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            num_labels=3,
         )
     )
 
@@ -40,8 +47,14 @@ def bert() -> nn.Module:
 def opt() -> nn.Module:
     return hf.OPTForCausalLM(
         hf.OPTConfig(
-            hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2, vocab_size=51, dropout=0.0,
-            max_position_embeddings=16, word_embed_proj_dim=32,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            vocab_size=51,
+            dropout=0.0,
+            max_position_embeddings=16,
+            word_embed_proj_dim=32,
         )
     )
 
@@ -49,8 +62,15 @@ def opt() -> nn.Module:
 def t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(
         hf.T5Config(
-            d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, vocab_size=51, dropout_rate=0.0,
-            decoder_start_token_id=0, pad_token_id=0,
+            d_model=32,
+            d_kv=16,
+            d_ff=48,
+            num_layers=2,
+            num_heads=2,
+            vocab_size=51,
+            dropout_rate=0.0,
+            decoder_start_token_id=0,
+            pad_token_id=0,
         )
     )
 

@@ -65,9 +65,7 @@ def test_all_types(name: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["ties", "dare_ties", "ties_svd", "dare_ties_svd"])
 def test_frequency(kind: str) -> None:
     models = _pair()
-    _combine(
-        models, ["a", "c"], [1.0, 0.5], combination_type=kind, density=0.6, majority_sign_method="frequency"
-    )
+    _combine(models, ["a", "c"], [1.0, 0.5], combination_type=kind, density=0.6, majority_sign_method="frequency")
     _assert_same(*models)
 
 
@@ -230,9 +228,7 @@ def test_subtract_mutated_init() -> None:
     trained.peft_config["initial"] = LoraConfig(**config)
     trained.inject_adapter(trained.model, "initial")
     trained.load_state_dict({k.replace(".default.", ".initial."): v for k, v in start.items()}, strict=False)
-    file = {
-        "base_model." + k.replace(".default.", "."): v for k, v in trained.state_dict().items() if ".default." in k
-    }
+    file = {"base_model." + k.replace(".default.", "."): v for k, v in trained.state_dict().items() if ".default." in k}
     converted = trained.subtract_mutated_init(file, "initial")
     assert converted.keys() == file.keys()
     plain = ours(base, **config | dict(r=8, lora_alpha=12))

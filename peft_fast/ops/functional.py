@@ -4,7 +4,8 @@
 output of one that is not (``lora_update``).
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +13,14 @@ from torch.nn import functional as F
 
 from .. import reference
 from .choice import IMPLEMENTATIONS, requested
+from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 
-__all__ = ["IMPLEMENTATIONS", "lora_linear", "lora_update", "new_seed"]
+__all__ = ["IMPLEMENTATIONS", "LoraSite", "lora_linear", "lora_linear_group", "lora_update", "new_seed"]
 
 _lora_linear: Any = LoraLinear.apply
 _lora_update: Any = LoraUpdate.apply
+_lora_linear_group: Any = LoraLinearGroup.apply
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -108,6 +111,46 @@ def lora_update(
     args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
     y: Tensor = _lora_update(*args) if torch.is_grad_enabled() else update_fwd(*args)[0]
     return y.view(base.shape)
+
+
+class LoraSite(NamedTuple):
+    """One linear layer with LoRA, for ``lora_linear_group``; shapes and dtypes as in ``lora_linear``."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    scaling: float
+    bias: Tensor | None = None
+
+
+def lora_linear_group(x: Tensor, sites: Sequence[LoraSite], *, implementation: str | None = None) -> list[Tensor]:
+    """``lora_linear`` of several sites that read the same x (q, k, v; gate, up): one pass over x for all their x @ a.T.
+
+    Args:
+        x: (..., K). sites: at least one; each is checked as in ``lora_linear``. No dropout: its masks differ by site.
+    Returns: one (..., N_i) per site, in x.dtype.
+    Raises: as ``lora_linear``; ValueError without sites.
+    """
+    if not sites:
+        raise ValueError("lora_linear_group: sites must hold at least one LoraSite, got none")
+    name = requested("lora_linear_group", implementation)
+    dtype = None if name == "peft" else _autocast_dtype(x)
+    if name == "peft" or dtype is not None:  # site by site: casts are made in one place
+        return [lora_linear(x, w, a, b, scaling, bias, implementation=name) for w, a, b, scaling, bias in sites]
+    for w, a, b, _, _ in sites:
+        _check("lora_linear_group", x, a, b, w.shape[0], 0.0, None)
+        if w.shape[1] != x.shape[-1] or w.dtype != x.dtype or w.requires_grad:
+            raise ValueError(
+                "lora_linear_group: w must be (N, K) in x's dtype and frozen; x and w are "
+                f"{_sizes(x, w)}, {x.dtype} and {w.dtype}, w.requires_grad={w.requires_grad}"
+            )
+    ws, as_, bs, scalings, biases = (list(column) for column in zip(*sites, strict=True))
+    x2 = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        ys = _lora_linear_group(scalings, name, x2, *ws, *biases, *as_, *bs)
+    else:
+        ys = group_fwd(x2, ws, biases, as_, bs, scalings, name)[:-1]
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
 def new_seed(device: torch.device | str) -> Tensor:

@@ -11,6 +11,7 @@ from csrc_triton import lora_linear, lora_shrink, tuning
 from numerics import assert_as_accurate
 from peft_fast import reference
 from peft_fast.ops import choice, functional, lora_linear as op
+from peft_fast.ops.functional import LoraSite
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -252,7 +253,8 @@ class TestGroup:
     @pytest.mark.parametrize("scalings", [(2.0, 2.0, 2.0), (2.0, 0.7, 1.1)], ids=["equal", "unequal"])
     def test_one_pass_over_x(self, scalings, launches):
         x, ws, biases, as_, bs = self.sites()
-        results = lora_linear.lora_linear_group_fwd(x, ws, biases, as_, bs, list(scalings))
+        *ys, s = lora_linear.lora_linear_group_fwd(x, ws, biases, as_, bs, list(scalings), "split")
+        results = zip(ys, s.split([a.shape[0] for a in as_], dim=1), strict=True)
         assert launches.count("lora_shrink") == 1 and launches.count("lora_gemm") == 3
         for w, bias, a, b, scaling, (y, s) in zip(ws, biases, as_, bs, scalings, results, strict=True):
             same = F.linear(x, w, bias) + scaling * F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype))
@@ -264,8 +266,33 @@ class TestGroup:
 
     def test_ranks_beyond_one_block(self):
         x, ws, biases, as_, bs = self.sites(ranks=(100, 64, 50), dtype=torch.float32)
-        for a, (_, s) in zip(as_, lora_linear.lora_linear_group_fwd(x, ws, biases, as_, bs, [1.0] * 3), strict=True):
-            torch.testing.assert_close(s, x @ a.T)
+        s = lora_linear.lora_linear_group_fwd(x, ws, biases, as_, bs, [1.0] * 3, "split")[-1]
+        torch.testing.assert_close(s, x @ torch.cat(as_).T)
+
+    @pytest.mark.parametrize("name", ["split", "one_launch"])
+    def test_public_function_and_every_gradient(self, name):
+        x, ws, biases, as_, bs = self.sites(dtype=torch.float32)
+
+        def run(fn, x, as_, bs):
+            leaves = [t.detach().clone().requires_grad_() for t in (x, *as_, *bs)]
+            ys = fn(leaves[0], leaves[1:4], leaves[4:])
+            return [*ys, *torch.autograd.grad(ys, leaves, [torch.ones_like(y) for y in ys])]
+
+        def ours(x, as_, bs):
+            sites = [LoraSite(*site) for site in zip(ws, as_, bs, (2.0, 0.7, 1.1), biases, strict=True)]
+            return functional.lora_linear_group(x, sites, implementation=name)
+
+        def plain(x, as_, bs):
+            sites = zip(ws, biases, as_, bs, (2.0, 0.7, 1.1), strict=True)
+            return [
+                F.linear(x, w.to(x), None if bias is None else bias.to(x)) + scaling * x @ a.T @ b.T
+                for w, bias, a, b, scaling in sites
+            ]
+
+        got, same = run(ours, x, as_, bs), run(plain, x, as_, bs)
+        exact = run(plain, x.double(), [a.double() for a in as_], [b.double() for b in bs])
+        for i, (g, s, e) in enumerate(zip(got, same, exact, strict=True)):
+            assert_as_accurate(f"result {i}", g, s, e)
 
 
 class TestBits:
