@@ -95,7 +95,7 @@ def lora_linear_group_fwd(
 ) -> list[Tensor]:
     """Return y (M, N_i) of each site that reads x, then all their s side by side, (M, sum of R_i). No dropout."""
     s = F.linear(x, torch.cat([a.to(x.dtype) for a in as_]))
-    parts = s.split([a.shape[0] for a in as_], dim=1)
+    parts = s.split_with_sizes([a.shape[0] for a in as_], dim=1)
     for part, scaling in zip(parts, scalings, strict=True):
         part.mul_(scaling)
     sites = zip(ws, biases, bs, parts, strict=True)
@@ -174,7 +174,7 @@ def _add_update(
 
 
 def _in_fp32(x: Tensor) -> bool:
-    return x.numel() <= _FEW_ROWS * x.shape[-1] and x.dtype.itemsize == 2 and x.device.type == "cpu"
+    return x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1] and x.element_size() == 2
 
 
 def _scaled_matmul(x: Tensor, y: Tensor, scale: float) -> Tensor:

@@ -189,10 +189,10 @@ def _plain_inference(x: Tensor, p: float, name: str) -> bool:
     """Whether plain torch can be called with no operator around it: what is on a CPU, without gradients."""
     return (
         p == 0
+        and x.is_cpu
         and not torch.is_grad_enabled()
         and (name == "auto" or name == "torch")
-        and (device := x.device.type) == "cpu"
-        and not torch.is_autocast_enabled(device)
+        and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
     )
 
