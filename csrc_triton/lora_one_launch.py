@@ -28,7 +28,7 @@ CANDIDATES = candidates("lora_one_launch", [
     Candidate(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64), 4, 3, HOPPER, max_rank=64),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=64), 4, 2, SMALL, max_rank=64, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32), 4, 2, SMALL, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32), 8, 2, ARCHS, 4, max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32), 8, 2, ARCHS, 4, max_rank=32, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=16), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 

@@ -174,7 +174,7 @@ def _add_update(
 
 
 def _in_fp32(x: Tensor) -> bool:
-    return x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1] and x.element_size() == 2
+    return x.is_cpu and x.numel() <= _FEW_ROWS * x.shape[-1] and x.element_size() <= 4
 
 
 def _scaled_matmul(x: Tensor, y: Tensor, scale: float) -> Tensor:
