@@ -37,6 +37,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "get_model_status",
     ),
     "tuners.lora": ("LoraConfig", "LoraModel"),
+    "tuners.prefix_tuning": ("PrefixTuningConfig",),
     "utils": ("PeftType", "TaskType", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
 }
 _SUBMODULES = ("auto", "config", "functional", "helpers", "mapping", "mixed_model", "peft_model", "tuners", "utils")
@@ -75,6 +76,7 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         get_model_status as get_model_status,
     )
     from .tuners.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
+    from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
     from .utils import (
         PeftType as PeftType,
         TaskType as TaskType,

@@ -27,7 +27,10 @@ FORMAT_VERSION = "0.21.2"  # of the files: the PEFT release whose format they ha
 
 # Where the configuration class of each method lives. By name, looked up at the first use: this module stays below the
 # methods, and a file of one method does not import the others.
-CONFIG_CLASSES: dict[PeftType, str] = {PeftType.LORA: "peft_fast.tuners.lora.config:LoraConfig"}
+CONFIG_CLASSES: dict[PeftType, str] = {
+    PeftType.LORA: "peft_fast.tuners.lora.config:LoraConfig",
+    PeftType.PREFIX_TUNING: "peft_fast.tuners.prefix_tuning.config:PrefixTuningConfig",
+}
 
 
 def config_class(peft_type: Any) -> type[PeftConfig]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .checkpoint import check_adapter_name
 from .config import PeftConfig, config_class
 from .tuners.lora import LoraConfig, LoraModel
+from .tuners.prefix_tuning import PrefixTuningConfig
 from .tuners.tuners_utils import BaseTuner
 from .utils.peft_types import PeftType
 
@@ -23,7 +24,10 @@ __all__ = [
     "inject_adapter_in_model",
 ]
 
-PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {PeftType.LORA: LoraConfig}
+PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
+    PeftType.LORA: LoraConfig,
+    PeftType.PREFIX_TUNING: PrefixTuningConfig,
+}
 PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {}
 PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}

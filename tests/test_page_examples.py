@@ -1,20 +1,25 @@
 """The LoRA examples of PEFT's documentation page of the model classes; the bases are made from their configurations."""
 
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 
 from peft_fast import (
     LoraConfig,
+    PeftConfig,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
     PeftModelForQuestionAnswering,
     PeftModelForSeq2SeqLM,
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
+    PrefixTuningConfig,
     get_peft_config,
+    get_peft_model,
 )
 
 # what "t5-base" and "bert-base-cased" are on the hub
@@ -105,9 +110,16 @@ PREFIX = {
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
-def test_prefix_tuning_is_known_and_refused(task_type: str) -> None:
-    with pytest.raises(ValueError, match="PREFIX_TUNING is not supported by peft_fast yet"):
-        get_peft_config({**PREFIX, "task_type": task_type})
+def test_prefix_tuning_is_known_as_a_configuration_and_refused_as_a_model(task_type: str, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="postprocess_past_key_value_function"):
+        config = get_peft_config({**PREFIX, "task_type": task_type})
+    known = {key: value for key, value in PREFIX.items() if key != "postprocess_past_key_value_function"}
+    assert config.to_dict() == peft.get_peft_config({**known, "task_type": task_type}).to_dict()
+    peft.PrefixTuningConfig(**{**known, "task_type": task_type}).save_pretrained(tmp_path)
+    assert isinstance(PeftConfig.from_pretrained(tmp_path), PrefixTuningConfig)
+    base = on_meta("BertModel", transformers.BertConfig(**BERT_BASE))
+    with pytest.raises(ValueError, match=r"PrefixTuningConfig \(PREFIX_TUNING\) is not supported by peft_fast yet"):
+        get_peft_model(base, config)
 
 
 @pytest.mark.parametrize("key", ["enable_lora", "postprocess_past_key_value_function"])

@@ -1,0 +1,5 @@
+"""Prefix tuning: its configuration, so that PEFT's files and dictionaries are understood. The method is not here yet."""
+
+from .config import PrefixTuningConfig
+
+__all__ = ["PrefixTuningConfig"]
