@@ -1,4 +1,4 @@
-"""Prefix tuning: its configuration, so that PEFT's files and dictionaries are understood. The method is not here yet."""
+"""Prefix tuning: its configuration, so that PEFT's files and dictionaries are understood. The method comes later."""
 
 from .config import PrefixTuningConfig
 
