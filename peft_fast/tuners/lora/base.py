@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
-from .init import init_lora_weights
+from . import init
 
 
 class LoraLayer(BaseTunerLayer):
@@ -86,7 +86,7 @@ class LoraLayer(BaseTunerLayer):
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = config.lora_bias
         self.set_scale(adapter_name, 1)
-        init_lora_weights(self, adapter_name, config.init_lora_weights)
+        init.init_lora_weights(self, adapter_name, config.init_lora_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         trainable = adapter_name in self.active_adapters and not config.inference_mode
         self.set_requires_grad(adapter_name, trainable)
@@ -95,9 +95,9 @@ class LoraLayer(BaseTunerLayer):
         """Create the adapter's modules or parameters, with torch's own initial values."""
         raise NotImplementedError
 
-    def reset_lora_parameters(self, adapter_name: str, init_lora_weights_: bool | str) -> None:
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Draw the adapter's weights anew, as `LoraConfig.init_lora_weights` says; see `init.init_lora_weights`."""
-        init_lora_weights(self, adapter_name, init_lora_weights_)
+        init.init_lora_weights(self, adapter_name, init_lora_weights)
 
     # ---------------------------------------------------------------------------------------------------- scaling
     def set_scale(self, adapter: str, scale: float) -> None:
