@@ -86,6 +86,7 @@ def _lora_gemm_kernel(
 def lora_gemm(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, bits: Tensor | None = None) -> Tensor:
     """Return keep * (s @ b.T) + x @ w.T + bias, (M, N) in x.dtype. Trusts its caller."""
     (M, K), N, R = x.shape, w.shape[0], s.shape[1]
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty((M, N))
     if y.numel() == 0:
         return y

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .aot import AotCase, case, ranks, x_type
 from .dropout import expand_bits
+from .lora_shrink import lora_shrink
 from .planes import sum_planes
 from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
@@ -58,6 +59,7 @@ def _lora_grad_kernel(
         b = b.to(t_ptr.dtype.element_ty)
         ds_ptrs = ds_ptr + pid_c.to(tl.int64) * stride_dsp + offs_m[:, None] * R + offs_r[None, :]
 
+    step = tl.cast(BLOCK_M, tl.int64)  # hidden[:, -1] of a long context has row strides near 2^31 / BLOCK_M
     acc = tl.zeros((BLOCK_C, BLOCK_R), tl.float32)
     for m in range(first, min(first + rows_per_program, M), BLOCK_M):
         mask_m = (m + rows < M)[:, None]
@@ -66,14 +68,14 @@ def _lora_grad_kernel(
         if bits_ptr is not None:
             byte = tl.load(bits_ptrs, mask=mask_m & (offs_byte * 8 < C)[None, :], other=0)
             t = tl.where(expand_bits(byte, BLOCK_M, BLOCK_C), t, tl.zeros_like(t))
-            bits_ptrs += BLOCK_M * stride_bitsm
+            bits_ptrs += step * stride_bitsm
         acc = tl.dot(tl.trans(t), v, acc, input_precision="ieee")
         if b_ptr is not None:
             ds = tl.dot(t, b, input_precision="ieee") * tl.cast(scale, tl.float32)
             tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask_m & mask_r[None, :])
-            ds_ptrs += BLOCK_M * R
-        t_ptrs += BLOCK_M * stride_tm
-        v_ptrs += BLOCK_M * stride_vm
+            ds_ptrs += step * R
+        t_ptrs += step * stride_tm
+        v_ptrs += step * stride_vm
 
     g_ptr += tl.program_id(1).to(tl.int64) * stride_gp
     g_ptrs = g_ptr + offs_c[:, None] * stride_gc + offs_r[None, :] * stride_gr
@@ -91,7 +93,14 @@ def lora_db(dy: Tensor, s: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def lora_db_ds(dy: Tensor, s: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """dB as ``lora_db``, and dS (M, R) = scale * dY @ b in dY's dtype, in one pass over dY. Trusts its caller."""
+    """dB as ``lora_db``, and dS (M, R) = scale * dY @ b in dY's dtype, in one pass over dY. Trusts its caller.
+
+    Each block of columns writes a plane of dS and reads it again: where that is more than reading dY a second time
+    (large ranks), it is two passes.
+    """
+    (M, N), R = dy.shape, s.shape[1]
+    if 8 * R > config_for("lora_grad", dy, M, N, 0, R)["BLOCK_C"] * dy.element_size():
+        return lora_db(dy, s, dtype), lora_shrink(dy, b.T, scale)[0]
     return _launch(dy, s, None, b, scale, dtype)
 
 

@@ -90,6 +90,7 @@ def lora_one_launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return y (M, N), s (M, R), both in x.dtype, and bits (M, ceil(K / 8)), or (0, 0) when p is 0. N > 0."""
     (M, K), N, R = x.shape, w.shape[0], a.shape[0]
+    bias = None if bias is None else bias.contiguous()
     y, s = x.new_empty((M, N)), x.new_empty((M, R))
     bits = x.new_empty((M, (K + 7) // 8) if p > 0 else (0, 0), dtype=torch.uint8)
     if y.numel() == 0:

@@ -47,7 +47,7 @@ def lora_update_fwd(
     base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return base + s @ b.T as a new tensor, s and bits."""
-    return _add_update(base.clone(), x, a, b, scaling, p, seed)
+    return _add_update(base.clone(memory_format=torch.contiguous_format), x, a, b, scaling, p, seed)
 
 
 def lora_linear_bwd(

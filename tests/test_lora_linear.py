@@ -189,6 +189,56 @@ def test_autocast_takes_part_in_its_dtype():
     assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("fused", [True, False], ids=["linear", "update"])
+def test_backward_under_an_autocast_that_the_forward_did_not_see(p, fused):
+    """An fp32 island inside autocast, and loss.backward() inside it too: plain torch and PEFT work there."""
+    x, w, a, b, bias = make(100, 16, 32, 4, torch.float32)
+    seed, results = functional.new_seed("cpu"), []
+    for outer in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=outer):
+            with torch.autocast("cpu", enabled=False):
+                options = {"dropout_p": p, "seed": seed if p else None}
+                if fused:
+                    y = functional.lora_linear(leaves[0], w, *leaves[1:], 2.0, bias, **options)
+                else:
+                    y = functional.lora_update(F.linear(leaves[0], w, bias), *leaves, 2.0, **options)
+            y.square().sum().backward()
+        results.append([leaf.grad for leaf in leaves])
+    if fused:  # the base's own product is torch's, and autocast reaches it
+        assert all(torch.equal(inside, outside) for outside, inside in zip(*results, strict=True))
+    else:
+        assert all(
+            torch.equal(inside, outside) for outside, inside in zip(*results, strict=True) if inside.shape != x.shape
+        )
+
+
+def test_update_of_a_transposed_base():
+    """The result is contiguous whatever the base's layout, as a compiled graph expects."""
+    x, _, a, b, _ = make(7, 6, 9, 3, torch.float32)
+    base = torch.randn(6, 7).T
+    torch.library.opcheck(op.update_fwd, (base, x, a, b, 2.0, 0.0, None, "torch"))
+    with torch.no_grad():
+        assert functional.lora_update(base, x, a, b, 2.0).is_contiguous()
+    torch.testing.assert_close(functional.lora_update(base, x, a, b, 2.0), base + 2 * x @ a.T @ b.T)
+
+
+def test_an_fp64_base_is_not_for_the_kernels(monkeypatch):
+    """They add in fp32."""
+    seen = []
+    real = op.choose
+    monkeypatch.setattr(
+        op,
+        "choose",
+        lambda name, device, dtype, *args, **kw: seen.append(dtype) or real(name, device, dtype, *args, **kw),
+    )
+    x, _, a, b, _ = make(70, 6, 9, 3, torch.bfloat16)
+    base = 1 + 1e-12 * torch.randn(70, 6, dtype=torch.float64)
+    y = functional.lora_update(base, x, a.requires_grad_(), b * 0, 2.0)
+    assert seen == [torch.float64] and torch.equal(y, base)
+
+
 def test_pefts_own_arithmetic():
     """The switch: fp32 adapters pull bf16 activations into fp32, bit for bit as PEFT does."""
     x, w, a, b, bias = make(9, 16, 32, 4, torch.bfloat16, adapter_dtype=torch.float32)
@@ -279,6 +329,19 @@ class TestErrors:
         self.call(r"x \(\.\.\., K\) and w \(N, K\) must share K, got \(5, 9\) and \(6, 8\)", w=torch.randn(6, 8))
         with pytest.raises(ValueError, match="must share their leading sizes"):
             functional.lora_update(torch.randn(4, 6), torch.randn(5, 9), torch.randn(3, 9), torch.randn(6, 3), 1.0)
+
+    def test_bias(self):
+        self.call(r"bias must be \(6,\) in torch.float32, got \(1,\) in torch.float32", bias=torch.randn(1))
+        self.call(r"bias must be \(6,\) in torch.float32, got \(6,\) in torch.float16", bias=torch.randn(6).half())
+
+    def test_devices(self):
+        self.call("a, b and seed must be on x's device cpu, got meta, cpu", a=torch.randn(3, 9, device="meta"))
+        self.call(
+            "a, b and seed must be on x's device cpu",
+            dropout_p=0.5,
+            seed=torch.ones(1, dtype=torch.int64, device="meta"),
+        )
+        self.call("w and bias must be on x's device cpu", w=torch.randn(6, 9, device="meta"))
 
     def test_dtypes(self):
         self.call("must be fp16, bf16, fp32 or fp64", TypeError, a=torch.ones(3, 9, dtype=torch.int32))

@@ -72,6 +72,7 @@ def lora_linear(
         x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
     if w.dtype != x.dtype:
         raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
+    _check_base("lora_linear", x, w, bias)
     args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
     y: Tensor = _lora_linear(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
     return y.view(*x.shape[:-1], N)
@@ -137,13 +138,14 @@ def lora_linear_group(x: Tensor, sites: Sequence[LoraSite], *, implementation: s
     dtype = None if name == "peft" else _autocast_dtype(x)
     if name == "peft" or dtype is not None:  # site by site: casts are made in one place
         return [lora_linear(x, w, a, b, scaling, bias, implementation=name) for w, a, b, scaling, bias in sites]
-    for w, a, b, _, _ in sites:
+    for w, a, b, _, bias in sites:
         _check("lora_linear_group", x, a, b, w.shape[0], 0.0, None)
         if w.shape[1] != x.shape[-1] or w.dtype != x.dtype or w.requires_grad:
             raise ValueError(
                 "lora_linear_group: w must be (N, K) in x's dtype and frozen; x and w are "
                 f"{_sizes(x, w)}, {x.dtype} and {w.dtype}, w.requires_grad={w.requires_grad}"
             )
+        _check_base("lora_linear_group", x, w, bias)
     ws, as_, bs, scalings, biases = (list(column) for column in zip(*sites, strict=True))
     x2 = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
@@ -167,10 +169,21 @@ def _check(op: str, x: Tensor, a: Tensor, b: Tensor, N: int, p: float, seed: Ten
         raise ValueError(f"{op}: b must be (N, R) = ({N}, {R}), got {tuple(b.shape)}")
     if x.dtype not in _FLOATS or a.dtype not in _FLOATS or b.dtype not in _FLOATS:
         raise TypeError(f"{op}: x, a and b must be fp16, bf16, fp32 or fp64, got {x.dtype}, {a.dtype} and {b.dtype}")
+    if a.device != x.device or b.device != x.device or (seed is not None and seed.device != x.device):
+        where = f"{a.device}, {b.device}" + (f" and {seed.device}" if seed is not None else "")
+        raise ValueError(f"{op}: a, b and seed must be on x's device {x.device}, got {where}")
     if not 0.0 <= p < 1.0:
         raise ValueError(f"{op}: dropout_p must be in [0, 1), got {p}")
     if p > 0 and (seed is None or seed.dtype != torch.int64 or seed.numel() != 1):
         raise ValueError(f"{op}: dropout_p = {p} needs seed, a (1,) int64 tensor on {x.device}: new_seed(x.device)")
+
+
+def _check_base(op: str, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
+    N = w.shape[0]
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise ValueError(f"{op}: bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}")
+    if w.device != x.device or (bias is not None and bias.device != x.device):
+        raise ValueError(f"{op}: w and bias must be on x's device {x.device}, got w on {w.device}")
 
 
 def _sizes(first: Tensor, second: Tensor) -> str:

@@ -25,9 +25,11 @@ def _bwd_fake(
     return tuple(t.new_empty(t.shape if need else (0,)) for t, need in zip((x, a, b), needs, strict=True))
 
 
-def _resolve(x: Tensor, N: int, a: Tensor, p: float, implementation: str) -> str:
+def _resolve(x: Tensor, N: int, a: Tensor, p: float, implementation: str, base: Tensor | None = None) -> str:
     (M, K), R = x.shape, a.shape[0]
-    return choose("lora_linear", x.device, x.dtype, M, N, K, R, p=p, implementation=implementation).name
+    # kernels add to the base in fp32
+    dtype = torch.float64 if base is not None and base.dtype == torch.float64 else x.dtype
+    return choose("lora_linear", x.device, dtype, M, N, K, R, p=p, implementation=implementation).name
 
 
 linear_fwd = register(
@@ -44,7 +46,7 @@ update_fwd = register(
     kernel="csrc_triton.lora_linear:lora_update_fwd",
     reference=reference.lora_update_fwd,
     fake=lambda base, x, a, b, scaling, p, seed, implementation: _fwd_fake(x, a, b.shape[0], p, base.dtype),
-    resolve=lambda base, x, a, b, scaling, p, seed, implementation: _resolve(x, b.shape[0], a, p, implementation),
+    resolve=lambda base, x, a, b, scaling, p, seed, implementation: _resolve(x, b.shape[0], a, p, implementation, base),
 )
 linear_bwd = register(
     "lora_linear_bwd(Tensor dy, Tensor x, Tensor? w, Tensor a, Tensor b, Tensor s, Tensor bits, float scaling, "

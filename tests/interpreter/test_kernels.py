@@ -7,7 +7,7 @@ import torch
 from test_lora_linear import gradients, keep_of, make, plain
 from torch.nn import functional as F
 
-from csrc_triton import lora_linear, lora_shrink, tuning
+from csrc_triton import lora_grad, lora_linear, lora_shrink, tuning
 from numerics import assert_as_accurate
 from peft_fast import reference
 from peft_fast.ops import choice, functional, lora_linear as op
@@ -192,7 +192,7 @@ class TestBackward:
 
     def test_parts_are_added_in_a_fixed_order(self, force, launches):
         """Rows, columns and ranks all in several parts; the same bits every time."""
-        force("lora_grad", dict(BLOCK_M=16, BLOCK_C=32, LARGEST_R=16, ROWS=32))
+        force("lora_grad", dict(BLOCK_M=16, BLOCK_C=64, LARGEST_R=16, ROWS=32))
         draw = drawn(130, 70, 72, 20, torch.float32)
         check(linear("split", 0.3), draw, 0.3)
         x, w, a, b, bias = draw()
@@ -293,6 +293,34 @@ class TestGroup:
         exact = run(plain, x.double(), [a.double() for a in as_], [b.double() for b in bs])
         for i, (g, s, e) in enumerate(zip(got, same, exact, strict=True)):
             assert_as_accurate(f"result {i}", g, s, e)
+
+
+class TestLayouts:
+    """What a GPU would read wrongly without an error."""
+
+    @pytest.mark.parametrize("name", ["split", "one_launch"])
+    def test_a_bias_that_is_a_column(self, name):
+        x, w, a, b, _ = make(17, 48, 40, 8, torch.float32, device=DEVICE)
+        for bias in (torch.randn(48, 3, device=DEVICE)[:, 1], torch.randn(1, device=DEVICE).expand(48)):
+            y = functional.lora_linear(x, w, a, b, 2.0, bias, implementation=name)
+            torch.testing.assert_close(y, F.linear(x, w, bias) + 2.0 * x @ a.T @ b.T)
+
+    def test_rows_further_apart_than_int32_counts(self):
+        """x = hidden[:, -1] of a long context: BLOCK_M rows are more than 2^31 elements."""
+        M, K, R, stride = 80, 24, 3, 2**25 + 16
+        x = torch.empty((M - 1) * stride + K, dtype=torch.float16, device=DEVICE).as_strided((M, K), (stride, 1))
+        x.copy_(torch.randn(M, K))
+        ds = torch.randn(M, R, dtype=torch.float16, device=DEVICE)
+        da = lora_grad.lora_da(x, ds, None, torch.float32)
+        torch.testing.assert_close(da, ds.float().T @ x.float(), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("R, passes", [(16, ["lora_grad"]), (64, ["lora_grad", "lora_shrink"])])
+    def test_two_passes_over_dy_where_the_planes_are_larger(self, R, passes, launches):
+        dy, s, b = (torch.randn(*size, device=DEVICE) for size in ((40, 70), (40, R), (70, R)))
+        db, ds = lora_grad.lora_db_ds(dy, s, b, 0.5, torch.float32)
+        assert [name for name in launches if name != "sum_planes"] == passes
+        torch.testing.assert_close(db, dy.T @ s)
+        torch.testing.assert_close(ds, 0.5 * dy @ b)
 
 
 class TestBits:
