@@ -20,12 +20,12 @@ from .aot import AotCase, case, ranks, x_type
 from .dropout import expand_bits
 from .lora_shrink import lora_shrink
 from .planes import sum_planes
-from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .tuning import ALWAYS, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 # ROWS: rows of t that one program sums over
 CANDIDATES = candidates("lora_grad", [
     Candidate(dict(BLOCK_M=64, BLOCK_C=128, LARGEST_R=64, ROWS=1024), 8, 3, HOPPER, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=64, BLOCK_C=64, LARGEST_R=64, ROWS=1024), 4, 3, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_C=64, LARGEST_R=64, ROWS=1024), 4, 3, ("sm_80", "sm_90"), default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_C=256, LARGEST_R=64, ROWS=1024), 8, 3, ("sm_90",)),
     Candidate(dict(BLOCK_M=32, BLOCK_C=64, LARGEST_R=64, ROWS=1024), 4, 2, SMALL, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_C=32, LARGEST_R=32, ROWS=1024), 4, 2, ARCHS, 4, default_to=ALWAYS),

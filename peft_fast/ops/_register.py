@@ -29,9 +29,8 @@ def register(
 
     def run(*args: Any) -> Any:
         device = args[0].device.type
-        if torch.is_autocast_enabled(
-            device
-        ):  # the op's casts were made outside; a backward may run under another autocast
+        # the op's casts were made outside; a backward may run under an autocast that the forward did not see
+        if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return run(*args)
         implementation = resolve(*args)
