@@ -63,11 +63,11 @@ def requested(op: str, implementation: str | None) -> str:
 
 def choose(
     op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int,
-    *, needs_grad: bool = False, p: float = 0.0, implementation: str | None = None,
+    *, p: float = 0.0, implementation: str | None = None,
 ) -> Choice:  # fmt: skip
     """Return the implementation for one call of ``op`` on x (M, K), w (N, K), rank R, with dropout p.
 
-    ``needs_grad`` changes nothing today: every implementation returns what the backward needs.
+    Training changes nothing: every implementation returns what the backward needs.
     Raises: ValueError on an unknown name, or when "one_launch" is forced beyond its bound; RuntimeError when a forced
     kernel cannot
         run on ``device``; TypeError when it has no version for ``dtype``.
