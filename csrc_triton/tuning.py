@@ -22,6 +22,7 @@ from torch import Tensor
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CUDA = ARCHS[:3]
+AMPERE = ARCHS[:1]
 HOPPER = ARCHS[1:3]
 SMALL = ("sm_80", "gfx942")  # at most 64 KB of shared memory: AMD, and NVIDIA's chips with 99 KB (sm_86, sm_89, sm_120)
 TABLE = Path(__file__).parent / "tables" / "configs.json"

@@ -25,7 +25,7 @@ def table(monkeypatch):
     rows = []
     monkeypatch.setattr(choice, "_table", lambda: rows)
     monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
-    monkeypatch.setattr(choice, "_has_triton", lambda: True)
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "_triton_version", lambda: "3.9")
     choice._measured.cache_clear()
     yield rows
@@ -94,7 +94,7 @@ def test_the_row_of_the_smallest_sufficient_M_wins(table):
 
 def test_without_kernels_for_it(table, monkeypatch):
     assert pick(dtype=torch.float64) == ("torch", "no kernels for float64")
-    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
     assert pick(p=0.5) == ("torch", "triton is not installed")
 
 
@@ -116,7 +116,7 @@ def test_a_forced_kernel_never_falls_back(table, monkeypatch, name):
         pick(CPU, implementation=name)
     with pytest.raises(TypeError, match="no kernel for float64"):
         pick(dtype=torch.float64, implementation=name)
-    monkeypatch.setattr(choice, "_has_triton", lambda: False)
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         pick(implementation=name)
 
@@ -140,7 +140,7 @@ def test_an_unknown_name_lists_the_names(monkeypatch):
 def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
     rows = choice.describe()
     assert {"cpu, 4096x4096 bf16 r16, one token"} <= {row.situation for row in rows}
-    assert all(row.op == "lora_linear" and row.reason for row in rows)
+    assert {row.op for row in rows} == {"lora_linear", "lora_mixed"} and all(row.reason for row in rows)
     assert f"{rows[0]}".startswith("lora_linear  cpu, 4096x4096 bf16 r16, one token")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PEFT_FAST_LORA", "split")
@@ -165,3 +165,39 @@ print({"triton", "csrc_triton"} & set(sys.modules))
     root = Path(__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert out.stdout.strip() == "set()"
+
+
+def mixed(device=GPU, dtype=torch.bfloat16, M=64, R=16, implementation=None):
+    return choice.choose_mixed(device, dtype, M, 512, 256, R, implementation)
+
+
+def test_a_mixed_batch_on_a_gpu_never_takes_plain_torch(table):
+    """That would read every row's slot back to the host."""
+    assert mixed(CPU) == ("torch", "cpu tensors take plain torch")
+    assert mixed(CPU, implementation="torch").name == "torch"
+    name, reason = mixed()
+    assert name == "grouped" and reason.startswith("no measured entry for Test GPU at bfloat16 M=64")
+    table.append(ROW)
+    assert mixed().name == "grouped", "a row of another op"
+    choice._measured.cache_clear()
+    table.append(ROW | {"op": "lora_mixed"})
+    assert [mixed(M=M).name for M in (1, 64, 65)] == ["one_launch", "one_launch", "grouped"]
+    with pytest.raises(RuntimeError, match="row's slot back from cuda:0: leave the argument"):
+        mixed(implementation="torch")
+
+
+def test_a_mixed_batch_that_nothing_can_run(table, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(TypeError, match="'grouped' has no kernel for float64"):
+        mixed(dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="'grouped' is a GPU kernel and x is on mps"):
+        mixed(torch.device("mps"))
+    with pytest.raises(RuntimeError, match="'split' is a GPU kernel and x is on cpu"):
+        mixed(CPU, implementation="split")
+    with pytest.raises(ValueError, match="M <= 64 and ranks <= 128, got M = 64 and R = 256: force 'grouped'"):
+        mixed(R=256, implementation="one_launch")
+    with pytest.raises(ValueError, match=r"must be one of \('auto', 'torch', 'grouped'"):
+        mixed(implementation="addmm")
+    monkeypatch.setattr(choice, "has_triton", lambda: False)
+    with pytest.raises(RuntimeError, match="pip install triton"):
+        mixed()

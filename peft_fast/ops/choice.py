@@ -6,6 +6,12 @@
     split       s by one kernel, base and update by a second one
     peft        PEFT's own order of casts, in plain torch
 
+A batch that mixes adapters ("lora_mixed") takes plain torch on a CPU only: on a GPU that would read the slots back.
+
+    grouped     the vendor's base GEMM, then s and the update by two kernels over blocks of rows of one adapter: the
+                safe path on a GPU
+    one_launch, split   as above; one_launch for at most ``MIXED_ONE_LAUNCH_MAX_M`` rows
+
 A kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says that it wins:
 
     {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gpu", "torch", "triton", "date", "commit"}
@@ -24,10 +30,12 @@ from typing import Any, NamedTuple
 import torch
 
 IMPLEMENTATIONS = ("auto", "torch", "addmm", "one_launch", "split", "peft")
+MIXED_IMPLEMENTATIONS = ("auto", "torch", "grouped", "one_launch", "split")
 VARIABLE = "PEFT_FAST_LORA"
 ONE_LAUNCH_MAX_RANK = 128  # s of a program's rows stays in registers
 ONE_LAUNCH_MAX_MR = 16384  # every program computes s: beyond this, that costs more than a second launch
-_KERNELS = ("addmm", "one_launch", "split")
+MIXED_ONE_LAUNCH_MAX_M = 64  # every program holds all rows of x
+_KERNELS = ("addmm", "one_launch", "split", "grouped")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -50,14 +58,17 @@ class Situation(NamedTuple):
         return f"{self.op:<12} {self.situation:<48} {self.choice:<11} {self.reason}"
 
 
-def requested(op: str, implementation: str | None) -> str:
-    """Return what the caller or the environment asks for, checked; "auto" when neither does.
+def requested(op: str, implementation: str | None, names: tuple[str, ...] = IMPLEMENTATIONS) -> str:
+    """Return what the caller or the environment asks for, one of ``names``; "auto" when neither does, or the
+    environment's is none that this op has.
 
-    Raises: ValueError on an unknown name.
+    Raises: ValueError on another name.
     """
     name = implementation or os.environ.get(VARIABLE) or "auto"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"{op}: implementation must be one of {IMPLEMENTATIONS}, got {name!r}")
+    if implementation is None and name not in names and name in (*IMPLEMENTATIONS, *MIXED_IMPLEMENTATIONS):
+        return "auto"  # the variable forces another op
+    if name not in names:
+        raise ValueError(f"{op}: implementation must be one of {names}, got {name!r}")
     return name
 
 
@@ -81,7 +92,7 @@ def choose(
         return Choice("torch", f"{device.type} tensors take plain torch")
     if dtype not in _KERNEL_DTYPES:
         return Choice("torch", f"no kernels for {_name(dtype)}")
-    if not _has_triton():
+    if not has_triton():
         return Choice("torch", "triton is not installed")
     for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), p > 0):
         if limit >= M:
@@ -95,31 +106,74 @@ def choose(
     return Choice("torch", f"no measured entry for {where}; the vendor's GEMMs")
 
 
+def choose_mixed(
+    device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, implementation: str | None = None
+) -> Choice:
+    """Return the implementation of "lora_mixed" for x (M, K), w (N, K) and ranks up to R.
+
+    Raises: ValueError on an unknown name or beyond a kernel's bound; RuntimeError where neither plain torch nor a
+        kernel runs, TypeError where no kernel has a version for ``dtype``: there is no other path to fall back to.
+    """
+    op = "lora_mixed"
+    name = requested(op, implementation, MIXED_IMPLEMENTATIONS)
+    if device.type == "cpu" and name == "auto":
+        return Choice("torch", "cpu tensors take plain torch")
+    if name == "torch" and device.type != "cpu":
+        raise RuntimeError(
+            f"{op}: implementation 'torch' would read every row's slot back from {device}: leave the argument "
+            f"implementation= (or {VARIABLE}) at 'auto', or force 'grouped'"
+        )
+    if name != "torch":
+        _check_forced(op, "grouped" if name == "auto" else name, device, dtype, M, R)
+    if name != "auto":
+        return Choice(name, "forced by the argument" if implementation == name else f"forced by {VARIABLE}")
+    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), False):
+        if limit >= M:
+            return choice
+    where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
+    return Choice("grouped", f"no measured entry for {where}; the vendor's base GEMM")
+
+
 def describe() -> list[Situation]:
     """What ``choose`` answers in typical situations on this machine's devices, for ``peft-fast info``."""
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    situations = (
+        ("lora_linear", "one token", 1, functools.partial(choose, "lora_linear")),
+        ("lora_linear", "2048 tokens", 2048, functools.partial(choose, "lora_linear")),
+        ("lora_linear", "2048 tokens, dropout", 2048, functools.partial(choose, "lora_linear", p=0.05)),
+        ("lora_mixed", "32 rows", 32, choose_mixed),
+        ("lora_mixed", "2048 tokens", 2048, choose_mixed),
+    )
     rows = []
     for device in devices:
         where = "cpu" if device.type == "cpu" else f"{device} {_gpu(device)}"
-        for what, M, p in (("one token", 1, 0.0), ("2048 tokens", 2048, 0.0), ("2048 tokens, dropout", 2048, 0.05)):
+        for op, what, M, ask in situations:
             try:
-                choice = choose("lora_linear", device, torch.bfloat16, M, 4096, 4096, 16, p=p)
+                choice = ask(device=device, dtype=torch.bfloat16, M=M, N=4096, K=4096, R=16)
             except (RuntimeError, ValueError, TypeError) as error:
                 choice = Choice("an error", str(error))
-            rows.append(Situation("lora_linear", f"{where}, 4096x4096 bf16 r16, {what}", *choice))
+            rows.append(Situation(op, f"{where}, 4096x4096 bf16 r16, {what}", *choice))
     return rows
 
 
 def _check_forced(op: str, name: str, device: torch.device, dtype: torch.dtype, M: int, R: int) -> None:
     forced = f"{op}: implementation {name!r}"
-    instead = f"leave the argument implementation= (or {VARIABLE}) at 'auto', or force 'torch'"
+    instead = f"leave the argument implementation= (or {VARIABLE}) at 'auto'"
+    if op != "lora_mixed":
+        instead += ", or force 'torch'"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError(f"{forced} is a GPU kernel and x is on {device}: move x to a GPU; or {instead}")
-    if not _has_triton():
+    if not has_triton():
         raise RuntimeError(f"{forced} needs triton, which is not installed: pip install triton; or {instead}")
     if dtype not in _KERNEL_DTYPES:
         raise TypeError(f"{forced} has no kernel for {_name(dtype)}, only for fp16, bf16 and fp32; {instead}")
-    if name == "one_launch" and (R > ONE_LAUNCH_MAX_RANK or M * R > ONE_LAUNCH_MAX_MR):
+    if op == "lora_mixed":
+        if name == "one_launch" and (M > MIXED_ONE_LAUNCH_MAX_M or R > ONE_LAUNCH_MAX_RANK):
+            raise ValueError(
+                f"{forced} is for M <= {MIXED_ONE_LAUNCH_MAX_M} and ranks <= {ONE_LAUNCH_MAX_RANK}, "
+                f"got M = {M} and R = {R}: force 'grouped', or {instead}"
+            )
+    elif name == "one_launch" and (R > ONE_LAUNCH_MAX_RANK or M * R > ONE_LAUNCH_MAX_MR):
         raise ValueError(
             f"{forced} is for R <= {ONE_LAUNCH_MAX_RANK} and M * R <= {ONE_LAUNCH_MAX_MR}, "
             f"got M = {M} and R = {R}: force 'split', or {instead}"
@@ -157,7 +211,7 @@ def _gpu(device: torch.device) -> str:
 
 
 @functools.cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 

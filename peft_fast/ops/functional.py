@@ -1,7 +1,8 @@
 """Public functions on tensors: check, cast under autocast, choose an implementation, run.
 
 ``y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T`` for a base that is understood (``lora_linear``) or for the
-output of one that is not (``lora_update``).
+output of one that is not (``lora_update``). The same for a batch in which every row has its own adapter
+(``lora_linear_mixed``, ``lora_update_mixed``, ``lora_embedding_mixed``).
 """
 
 from collections.abc import Sequence
@@ -12,11 +13,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from .choice import IMPLEMENTATIONS, requested
+from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, requested
 from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
+from .lora_mixed import embedding_mixed, linear_mixed, update_mixed
+from .mixed_plan import MixedPlan, MixedSite, mixed_plan
 
-__all__ = ["IMPLEMENTATIONS", "LoraSite", "lora_linear", "lora_linear_group", "lora_update", "new_seed"]
+__all__ = [
+    "IMPLEMENTATIONS", "MIXED_IMPLEMENTATIONS", "LoraSite", "MixedPlan", "MixedSite", "lora_embedding_mixed",
+    "lora_linear", "lora_linear_group", "lora_linear_mixed", "lora_update", "lora_update_mixed", "mixed_plan",
+    "new_seed",
+]  # fmt: skip
 
 _lora_linear: Any = LoraLinear.apply
 _lora_update: Any = LoraUpdate.apply
@@ -155,6 +162,88 @@ def lora_linear_group(x: Tensor, sites: Sequence[LoraSite], *, implementation: s
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
 
 
+def lora_linear_mixed(
+    x: Tensor,
+    w: Tensor,
+    site: MixedSite,
+    plan: MixedPlan,
+    bias: Tensor | None = None,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """y[m] = w @ x[m] + bias + scale * B_slot @ (A_slot @ x[m]) with slot = plan.slots[m], any mix of them in a batch.
+
+    A row's update does not depend on the other rows. No gradient, no dropout.
+
+    Args:
+        x: (..., K) fp16, bf16 or fp32 (on a CPU also fp64). w: (N, K) and bias: (N,), dtype of x.
+        site: the adapters; those of the live slots have K columns in A and N rows in B.
+        plan: of ``mixed_plan``, for as many rows as x has.
+        implementation: one of ``MIXED_IMPLEMENTATIONS``; None as in ``lora_linear``.
+    Returns: (..., N) in x.dtype (the autocast dtype under autocast).
+    Raises: ValueError on shapes that disagree or an unknown implementation; TypeError on dtypes that disagree or have
+        no kernel; RuntimeError when x asks for a gradient, or the implementation cannot run on x's device.
+    """
+    name = requested("lora_linear_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    dtype = _autocast_dtype(x)
+    if dtype is not None:
+        x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
+    if x.shape[-1] != w.shape[1]:
+        raise ValueError(f"lora_linear_mixed: x (..., K) and w (N, K) must share K, got {_sizes(x, w)}")
+    if w.dtype != x.dtype:
+        raise TypeError(f"lora_linear_mixed: x and w must have one dtype, got {x.dtype} and {w.dtype}")
+    _check_base("lora_linear_mixed", x, w, bias)
+    x2 = x.reshape(-1, x.shape[-1])
+    _check_mixed("lora_linear_mixed", x2, site, plan)
+    y: Tensor = linear_mixed(x2, w, bias, *site, *plan, name)
+    return y.view(*x.shape[:-1], w.shape[0])
+
+
+def lora_update_mixed(
+    base: Tensor, x: Tensor, site: MixedSite, plan: MixedPlan, *, implementation: str | None = None
+) -> Tensor:
+    """The same for the output of any base layer: base[m] + scale * B_slot @ (A_slot @ x[m]).
+
+    Args:
+        base: (..., N), never written to. Its dtype is the result's. Others as in ``lora_linear_mixed``.
+    Returns: (..., N), a new tensor.
+    Raises: as ``lora_linear_mixed``.
+    """
+    name = requested("lora_update_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    if base.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"lora_update_mixed: base and x must share their leading sizes, got {_sizes(base, x)}")
+    x = x.to(_autocast_dtype(x) or x.dtype).reshape(-1, x.shape[-1])
+    _check_mixed("lora_update_mixed", x, site, plan)
+    y: Tensor = update_mixed(base.reshape(-1, base.shape[-1]), x, *site, *plan, name)
+    return y.view(base.shape)
+
+
+def lora_embedding_mixed(
+    base: Tensor,
+    ids: Tensor,
+    site: MixedSite,
+    plan: MixedPlan,
+    num_embeddings: int,
+    *,
+    implementation: str | None = None,
+) -> Tensor:
+    """base[m] + scale * B_slot @ A_slot[:, ids[m]], for the output of an embedding.
+
+    Args:
+        base: (..., D), never written to. ids: (...) integers; one outside [0, num_embeddings) adds nothing.
+        site: A_slot (rank, num_embeddings), B_slot (D, rank). Others as in ``lora_linear_mixed``.
+    Returns: (..., D) in base.dtype, a new tensor.
+    Raises: as ``lora_linear_mixed``.
+    """
+    name = requested("lora_embedding_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    if base.shape[:-1] != ids.shape:
+        raise ValueError(f"lora_embedding_mixed: base (..., D) and ids (...) disagree, got {_sizes(base, ids)}")
+    base2 = base.reshape(-1, base.shape[-1])
+    _check_mixed("lora_embedding_mixed", base2, site, plan)
+    y: Tensor = embedding_mixed(base2, ids.reshape(-1), *site, *plan, num_embeddings, name)
+    return y.view(base.shape)
+
+
 def new_seed(device: torch.device | str) -> Tensor:
     """Draw a (1,) int64 seed on ``device`` from torch's generator: repeatable after ``torch.manual_seed``, restored by
     activation checkpointing, and drawn anew at each replay of a CUDA graph."""
@@ -184,6 +273,16 @@ def _check_base(op: str, x: Tensor, w: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{op}: bias must be ({N},) in {x.dtype}, got {tuple(bias.shape)} in {bias.dtype}")
     if w.device != x.device or (bias is not None and bias.device != x.device):
         raise ValueError(f"{op}: w and bias must be on x's device {x.device}, got w on {w.device}")
+
+
+def _check_mixed(op: str, rows: Tensor, site: MixedSite, plan: MixedPlan) -> None:
+    if plan.slots.shape[0] != rows.shape[0]:
+        raise ValueError(f"{op}: the plan is for {plan.slots.shape[0]} rows, got {rows.shape[0]}")
+    if rows.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(f"{op} has no gradient: call it under torch.no_grad() or torch.inference_mode()")
+    if plan.slots.device != rows.device or site.addresses.device != rows.device:
+        where = f"{site.addresses.device} and {plan.slots.device}"
+        raise ValueError(f"{op}: site and plan must be on the device of the rows, {rows.device}, got {where}")
 
 
 def _sizes(first: Tensor, second: Tensor) -> str:
