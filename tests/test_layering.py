@@ -15,11 +15,11 @@ LAYERS = (
     ("auto", "mapping", "mapping_func", "peft_model", "mixed_model", "model_card", "status", "helpers", "functional"),
     ("utils.save_and_load", "utils.load_directory", "utils.initial_adapter", "utils._survey"),
     ("tuners", "attention"),
-    ("config", "utils", "adapter_bank", "routing", "checkpoint"),  # utils: the rest of it
+    ("config", "utils", "adapter_bank", "slot_tables", "routing", "checkpoint"),  # utils: the rest of it
     ("ops.functional",),
     ("quant",),
     ("ops",),
-    ("reference",),
+    ("reference", "reference_mixed"),
 )  # fmt: skip
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {

@@ -40,10 +40,12 @@ def test_embedding_merged_disabled_and_refused() -> None:
     adapted, plain = mine(ids), mine.base_layer(ids)
     mine.merge()
     torch.testing.assert_close(mine(ids), adapted)
+    with pytest.raises(ValueError, match="when there are merged adapters"):
+        mine(ids, adapter_names=["default"] * K)
     mine.enable_adapters(False)
     torch.testing.assert_close(mine(ids), plain)
-    with pytest.raises(ValueError, match="not supported by peft_fast yet"):
-        mine(ids, adapter_names=["default"] * K)
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        mine(ids, adapter_names=["default"])
     with pytest.raises(ValueError, match="lora_bias=True is not supported for Embedding"):
         mine.update_layer("b", 2, 1, LoraConfig(lora_bias=True))
 
@@ -92,5 +94,5 @@ def test_convolution_errors_and_dtypes() -> None:
     mine.base_layer.bfloat16()
     x = torch.randn(2, 6, 5, 5)
     assert mine(x.bfloat16()).dtype == torch.bfloat16
-    with pytest.raises(ValueError, match="not supported by peft_fast yet"):
-        mine(x, adapter_names=["default"] * 2)
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        mine(x, adapter_names=["default"] * 3)

@@ -334,8 +334,8 @@ def test_targets_by_model_type() -> None:
 def test_refusals() -> None:
     mine = ours(llama(), target_modules=["q_proj"])
     layer = mine.model.model.layers[0].self_attn.q_proj
-    with pytest.raises(ValueError, match="not supported by peft_fast yet"):
-        layer(torch.randn(2, 3, 32), adapter_names=["default", "default"])
+    with pytest.raises(ValueError, match="alora_offsets is not supported by peft_fast yet"):
+        mine._enable_peft_forward_hooks(alora_offsets=[1]).__enter__()
     with pytest.raises(ValueError, match=r"Target module LlamaRMSNorm.* is not supported"):
         ours(llama(), target_modules=["input_layernorm"])
     with pytest.raises(ValueError, match="`r` should be a positive integer"):

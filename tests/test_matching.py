@@ -252,7 +252,7 @@ def test_catastrophic_pattern_is_refused(field: str, monkeypatch: pytest.MonkeyP
 def test_budget_is_for_all_modules_together() -> None:
     budget = PatternBudget(0.2)
     with pytest.raises(ValueError, match=r"took more than 0\.2 s"):
-        for _ in range(10_000):
+        for _ in range(1_000_000):  # a fast machine needs more of them
             budget.match("target_modules", r"(?:a|a|aa)+[^a]", "a" * 10)
     with pytest.raises(ValueError, match="took more than"):
         budget.match("target_modules", r"(?:a|a|aa)+[^a]", "a" * 40)

@@ -160,8 +160,8 @@ def test_refusals() -> None:
         wrapper.check_set_adapter(["one", "two"])
     assert wrapper.check_set_adapter(["zzz", "two"]) == "two" and wrapper.check_set_adapter("zzz") is None
     assert wrapper.active_adapters == ["one"]
-    with pytest.raises(ValueError, match="not supported by peft_fast yet"):
-        wrapper(torch.randn(2, 4), adapter_names=["one", "two"])
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same"):
+        wrapper(torch.randn(2, 4), adapter_names=["one"])
     for container in (nn.ModuleList(), nn.ModuleDict(), nn.ParameterList(), nn.ParameterDict()):
         with pytest.raises(TypeError, match="modules_to_save cannot be applied to modules of type"):
             ours.ModulesToSaveWrapper(container, "one")

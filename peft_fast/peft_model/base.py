@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from ..adapter_bank import AdapterBank
 from ..checkpoint import check_adapter_name
 from ..config import PeftConfig
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -26,6 +29,7 @@ from .files import AdapterFiles
 
 __all__ = ["PeftModel", "warn_if_in_prefix"]
 
+_SWITCHING = threading.RLock()  # while adapters are switched off or on; a model cannot have a lock of its own
 _PROMPT_LEARNING_ONLY = ("prompt_encoder", "prompt_tokens", "transformer_backbone_name", "word_embeddings")
 
 
@@ -67,6 +71,9 @@ class PeftModel(AdapterFiles):
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
         self._is_prompt_learning = False
         self._adapters_disabled = False
+        self._disabled_by: list[int] = []  # threads inside disable_adapter
+        self._to_enable = False  # what the last of them restores
+        self._flags: list[tuple[nn.Parameter, bool]] = []
         self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
             model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
         )
@@ -116,6 +123,14 @@ class PeftModel(AdapterFiles):
         configs = self.peft_config.values()
         return {name for config in configs for name in getattr(config, "modules_to_save", None) or ()} or None
 
+    @property
+    def adapter_bank(self) -> AdapterBank:
+        """The adapters for mixed batches: registered ones, limits, statistics. Raises: AttributeError for a method that
+        has no mixed batches."""
+        bank: AdapterBank = self.base_model.adapter_bank
+        bank.load = self._load_registered
+        return bank
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -139,15 +154,21 @@ class PeftModel(AdapterFiles):
 
     # ---------------------------------------------------------------------------------------------------- running
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's forward with the active adapters.
+        """The base model's forward with the active adapters, or an adapter for each row.
 
-        Raises: ValueError for `adapter_names` and `alora_offsets`, which are not supported yet.
+        Args: those of the base model, and for LoRA:
+            adapter_names: one per row of the batch, or per sequence packed into one row; "__base__" for none.
+            adapter_ids: the same as a tensor (rows,) int32 of ids from `adapter_slots`, -1 for none: for torch.compile
+                and CUDA graphs, which are the same for all values.
+        Raises: ValueError for unknown adapters, another number of them than of rows, merged adapters or training mode;
+            ValueError for `alora_offsets`, which is not supported yet.
         """
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.base_model(*args, **self._for_base_model(kwargs))
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate with the active adapters. Raises: as `forward`."""
+        """The base model's generate with the active adapters, or an adapter for each prompt; a prompt's beams and
+        returned sequences have its adapter. Arguments for adapters and errors as in `forward`."""
         if "generation_config" in self.__dict__:  # set on this model by the user
             self.get_base_model().generation_config = self.generation_config
         with self._enable_peft_forward_hooks(*args, **kwargs):
@@ -155,11 +176,27 @@ class PeftModel(AdapterFiles):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self._names_adapters(kwargs) and self._is_disabled_here():  # PEFT's rule
+            kwargs = {**kwargs, "adapter_names": None, "adapter_ids": None}
         with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
             yield
 
+    def _is_disabled_here(self) -> bool:
+        """Whether this thread's calls run without adapters; those of other threads say themselves what they want."""
+        if self._disabled_by:
+            return threading.get_ident() in self._disabled_by
+        if torch.compiler.is_compiling() or not hasattr(type(self.base_model), "adapter_bank"):
+            return False
+        layers = self.adapter_bank.layers  # all are switched together
+        return bool(layers) and layers[0].disable_adapters
+
+    @staticmethod
+    def _names_adapters(kwargs: Mapping[str, Any]) -> bool:
+        return kwargs.get("adapter_names") is not None or kwargs.get("adapter_ids") is not None
+
     def _for_base_model(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in kwargs.items() if key not in self.special_peft_forward_args}
+        ours = {*self.special_peft_forward_args, "adapter_ids"}
+        return {key: value for key, value in kwargs.items() if key not in ours}
 
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return getattr(getattr(self, "config", None), "return_dict", True) if return_dict is None else return_dict
@@ -199,24 +236,47 @@ class PeftModel(AdapterFiles):
                 f"Found {self.peft_type} and {peft_config.peft_type}."
             )
         self._add_head(peft_config)
-        self.peft_config[adapter_name] = peft_config
-        try:
-            self.base_model.inject_adapter(self.get_base_model(), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
-        except BaseException:
-            self.peft_config.pop(adapter_name, None)
-            raise
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        with self._changing_adapters(adapter_name):
+            self.peft_config[adapter_name] = peft_config
+            try:
+                self.base_model.inject_adapter(self.get_base_model(), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
+            except BaseException:
+                self.peft_config.pop(adapter_name, None)
+                raise
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; if it was active another one becomes active, with a warning.
+        """Remove an adapter; if it was active another one becomes active, with a warning. Waits for mixed batches of
+        other threads that use it.
 
-        Raises: ValueError for an unknown name.
+        Raises: ValueError for an unknown name, or one whose slot id is handed out; RuntimeError if this thread's own
+            call uses it.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        self.base_model.delete_adapter(adapter_name=adapter_name)
-        if len(self.active_adapters) == 1:
-            self.active_adapter = self.active_adapters[0]
+        with self._changing_adapters(adapter_name):
+            self.base_model.delete_adapter(adapter_name=adapter_name)
+            if len(self.active_adapters) == 1:
+                self.active_adapter = self.active_adapters[0]
+            if hasattr(type(self.base_model), "adapter_bank"):
+                self.adapter_bank.forget(adapter_name)
+
+    @contextmanager
+    def _changing_adapters(self, adapter_name: str) -> Iterator[None]:
+        """One change at a time, and not while a mixed batch uses the adapter.
+
+        Python's cycle collector rests: an adapter is thousands of objects that all stay, and looking through those of
+        the other adapters again and again takes longer than making it.
+        """
+        with ExitStack() as stack:
+            if hasattr(type(self.base_model), "adapter_bank"):
+                # the wait comes first: calls that are waited for may have to read other adapters
+                stack.enter_context(self.adapter_bank.alone(adapter_name))
+                stack.enter_context(self.adapter_bank.changing)
+            if gc.isenabled():
+                gc.disable()
+                stack.callback(gc.enable)
+            yield
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Activate one adapter, trainable unless `inference_mode`; those active until now are frozen.
@@ -238,25 +298,39 @@ class PeftModel(AdapterFiles):
 
         Warns if only some layers were enabled: all are afterwards.
         """
-        enabled, was_disabled = adapters_enabled(self.base_model), self._adapters_disabled
+        enabled = adapters_enabled(self.base_model)
         if enabled == "irregular":
             warnings.warn(
                 "The model contains some adapter layers that are enabled and others that are disabled. This is most "
                 "likely unintentional. After exiting the disable_adapter context, all adapters will be enabled",
                 stacklevel=3,
             )
-        flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+        # of several threads the first to come switches off and the last to leave switches on
+        with _SWITCHING:
+            if not self._disabled_by:
+                self._to_enable = enabled is not False
+                self._flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
+            self._disabled_by.append(threading.get_ident())
         try:
-            self.base_model.disable_adapter_layers()
-            self._adapters_disabled = True
+            with _SWITCHING:
+                self.base_model.disable_adapter_layers()
+                self._adapters_disabled = True
             yield
         finally:
-            if enabled is not False:
-                self.base_model.enable_adapter_layers()
-                for parameter, requires_grad in flags:
-                    if parameter.requires_grad != requires_grad:
-                        parameter.requires_grad_(requires_grad)
-            self._adapters_disabled = was_disabled
+            with _SWITCHING:
+                if len(self._disabled_by) == 1:
+                    self._switch_on()
+                # last: until then other threads' calls know why the layers are switched off
+                self._disabled_by.remove(threading.get_ident())
+
+    def _switch_on(self) -> None:
+        flags, self._flags = self._flags, []
+        if self._to_enable:
+            self.base_model.enable_adapter_layers()
+            for parameter, requires_grad in flags:
+                if parameter.requires_grad != requires_grad:
+                    parameter.requires_grad_(requires_grad)
+        self._adapters_disabled = False
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be converted to LoRA."""

@@ -7,19 +7,27 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from ..checkpoint import adapter_directory, check_adapter_name, find_adapter, save_adapter
+from ..checkpoint import adapter_directory, check_adapter_name, check_finite, find_adapter, save_adapter
 from ..checkpoint.atomic import replace_files
 from ..config import PeftConfig, PushToHubMixin
 from ..model_card import CARD_NAME, model_card
+from ..tuners._adapters import set_eval
 from ..tuners._injection import Snapshot
+from ..utils._survey import survey_adapter
 from ..utils.initial_adapter import relative_to_initial
 from ..utils.offload import dispatch_again, take_hooks_off
-from ..utils.save_and_load import check_adapter_directory, get_peft_model_state_dict, load_adapter_weights
+from ..utils.save_and_load import (
+    check_adapter_directory,
+    get_peft_model_state_dict,
+    load_adapter_weights,
+    set_peft_model_state_dict,
+)
 
 if TYPE_CHECKING:
     from .base import PeftModel
@@ -37,6 +45,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
     get_base_model: Callable[[], nn.Module]
     add_adapter: Callable[..., None]
     set_requires_grad: Callable[[str], None]
+    _changing_adapters: Callable[..., AbstractContextManager[None]]
 
     # ----------------------------------------------------------------------------------------------------- saving
     def save_pretrained(
@@ -203,6 +212,21 @@ class AdapterFiles(PushToHubMixin, nn.Module):
         _refuse_offload(ephemeral_gpu_offload)
         directory = find_adapter(model_id, **_hub_kwargs(kwargs))
         kwargs = {**kwargs, "torch_device": torch_device}
+        with self._changing_adapters(adapter_name):
+            return self._load_adapter(
+                directory, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, key_mapping, kwargs
+            )
+
+    def _load_adapter(
+        self,
+        directory: Path,
+        adapter_name: str,
+        is_trainable: bool,
+        autocast_adapter_dtype: bool,
+        low_cpu_mem_usage: bool,
+        key_mapping: Mapping[str, str] | None,
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         before, is_new = Snapshot(self.get_base_model(), adapter_name), adapter_name not in self.peft_config
         try:
             if is_new:
@@ -227,6 +251,36 @@ class AdapterFiles(PushToHubMixin, nn.Module):
                 self.peft_config.pop(adapter_name, None)
             raise
 
+    def _load_registered(self, source: Any, adapter_name: str) -> None:
+        """Load what `AdapterBank.register` was given: a directory, or a configuration and a state dict.
+
+        Raises: as `load_adapter`; ValueError for a state dict that lacks weights or has others. The model is as it was
+            then.
+        """
+        if not isinstance(source, tuple):
+            self.load_adapter(source, adapter_name)
+            return
+        config, tensors = source
+        config = copy.copy(config)
+        config.inference_mode = True
+        before = Snapshot(self.get_base_model(), adapter_name)
+        try:
+            self.add_adapter(adapter_name, config)
+            found = set_peft_model_state_dict(self, tensors, adapter_name)
+            own = {slot.key for slot in survey_adapter(self, adapter_name).own.values()}
+            missing = sorted(own.intersection(found.missing_keys))
+            if missing or found.unexpected_keys:
+                raise ValueError(
+                    f"adapter {adapter_name!r}: expected exactly the weights that its configuration describes on this "
+                    f"model; the state dict lacks {missing[:5]} and has {found.unexpected_keys[:5]} besides"
+                )
+            check_finite(dict(tensors), f"adapter {adapter_name!r}")
+            set_eval(self, adapter_name)
+        except BaseException:
+            before.restore()
+            self.peft_config.pop(adapter_name, None)
+            raise
+
     def _load_weights(
         self,
         directory: Path,
@@ -247,9 +301,10 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             low_cpu_mem_usage=low_cpu_mem_usage,
             key_mapping=key_mapping,
         )
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if low_cpu_mem_usage:  # the tensors of the file took the place of meta tensors, in their own dtype
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not is_trainable:
-            self.eval()
+            set_eval(self, adapter_name)
         return result
 
     def _check_new_adapter_config(self, peft_config: PeftConfig, is_trainable: bool) -> None:

@@ -8,18 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from ..utils.constants import UPCAST_DTYPES
-from ..utils.other import AuxiliaryTrainingWrapper, _set_adapter, walk
+from ..utils.other import AuxiliaryTrainingWrapper, adapter_modules, set_wrappers, walk
 from ._base_layer import BaseTunerLayer, warn_deleted_active
-
-
-def adapted_modules(model: nn.Module) -> list[Any]:
-    """All adapter layers and wrappers of a model."""
-    return [s.module for s in walk(model) if isinstance(s.module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
 
 
 def tuner_layers(model: nn.Module, layer_cls: type[BaseTunerLayer] = BaseTunerLayer) -> list[Any]:
     """All adapter layers of a model."""
-    return [site.module for site in walk(model) if isinstance(site.module, layer_cls)]
+    return [module for module in adapter_modules(model) if isinstance(module, layer_cls)]
 
 
 def set_adapter(
@@ -33,8 +28,11 @@ def set_adapter(
 
     Raises: ValueError if two of them train the same module whole.
     """
-    _set_adapter(model, adapter_name, inference_mode=inference_mode)
-    for layer in tuner_layers(model, layer_cls):
+    modules = adapter_modules(model)
+    set_wrappers([m for m in modules if isinstance(m, AuxiliaryTrainingWrapper)], adapter_name, inference_mode)
+    for layer in modules:
+        if not isinstance(layer, layer_cls):
+            continue
         if layer.merged:
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             layer.unmerge()
@@ -43,7 +41,7 @@ def set_adapter(
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Switch gradients of these adapters on or off in all layers and wrappers."""
-    for module in adapted_modules(model):
+    for module in adapter_modules(model):
         module.set_requires_grad(adapter_names, requires_grad)
 
 
@@ -60,8 +58,9 @@ def delete_adapter(
     Returns: the active adapters after it; None if there are none.
     Raises: ValueError if the adapter is merged.
     """
-    layers = tuner_layers(model, layer_cls)
-    wrappers = [module for module in adapted_modules(model) if isinstance(module, AuxiliaryTrainingWrapper)]
+    modules = adapter_modules(model)
+    layers: list[Any] = [module for module in modules if isinstance(module, layer_cls)]
+    wrappers = [module for module in modules if isinstance(module, AuxiliaryTrainingWrapper)]
     if any(adapter_name in layer.merged_adapters for layer in layers if layer.merged):
         raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Please unmerge them first.")
     active = list(layers[0].active_adapters) if layers else []
@@ -73,7 +72,7 @@ def delete_adapter(
             if active:
                 warn_deleted_active(adapter_name, active)
         # before it goes, so that no layer chooses a successor of its own
-        _set_adapter(model, active)
+        set_wrappers(wrappers, active)
         for layer in layers:
             layer.set_adapter(active)
     for layer in layers:
@@ -81,6 +80,20 @@ def delete_adapter(
     for wrapper in wrappers:
         wrapper.delete_adapter(adapter_name, active)
     return active or None
+
+
+def set_eval(model: nn.Module, adapter_name: str) -> None:
+    """`model.eval()`, without a visit to the adapters of layers that are in eval mode but for this one."""
+    for site in walk(model):
+        module = site.module
+        if isinstance(module, BaseTunerLayer) and site.module.training:
+            site.module.eval()
+        elif isinstance(module, BaseTunerLayer):
+            for container in module._containers():
+                if adapter_name in container and isinstance(container[adapter_name], nn.Module):
+                    container[adapter_name].training = False
+        else:
+            module.training = False
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -95,13 +108,11 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
             if adapter_name not in container:
                 continue
             entry = container[adapter_name]
-            owners = (
-                [(container, adapter_name, entry)]
-                if isinstance(entry, Tensor)
-                else [
-                    (module, name, tensor) for module in entry.modules() for name, tensor in module._parameters.items()
-                ]
-            )
+            if isinstance(entry, Tensor):
+                owners = [(container, adapter_name, entry)]
+            else:
+                modules = entry.modules() if entry._modules else (entry,)
+                owners = [(module, name, tensor) for module in modules for name, tensor in module._parameters.items()]
             for owner, name, tensor in owners:
                 if tensor is not None and tensor.dtype in narrow:
                     wide = nn.Parameter(tensor.detach().to(torch.float32), requires_grad=tensor.requires_grad)

@@ -93,8 +93,10 @@ class BaseTunerLayer:
 
     def _containers(self) -> list[Any]:
         """The ModuleDicts and ParameterDicts with weights."""
-        candidates = (getattr(self, name) for name in self.adapter_layer_names)
-        return [entry for entry in candidates if _is_container(entry)]
+        # from _modules: adding an adapter asks this of every layer, and nn.Module's own look-up is slow
+        modules: Any = self.__dict__["_modules"]
+        candidates = [modules[name] for name in self.adapter_layer_names if name in modules]
+        return [entry for entry in candidates if (entry._modules or entry._parameters) and _is_container(entry)]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Run with the active adapters, which become trainable (True), or without any, all of them frozen (False)."""
@@ -112,14 +114,18 @@ class BaseTunerLayer:
         names = as_names(adapter_names)
         self.set_requires_grad([name for name in self.active_adapters if name not in names], False)
         self.set_requires_grad(names, not inference_mode)
-        self._active_adapter = names
+        object.__setattr__(self, "_active_adapter", names)  # a module's own way looks for tensors first
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Switch gradients of these adapters on or off, whether or not they are active."""
-        for name in as_names(adapter_names):
-            for container in self._containers():
-                if name in container:
-                    _set_layer_requires_grad(container[name], requires_grad)
+        names = as_names(adapter_names)
+        for container in self._containers() if names else ():
+            for name in names:
+                # by what nn.Module keeps them in: asking the container costs more than setting the flags
+                entry = container._modules.get(name)
+                entry = container._parameters.get(name) if entry is None else entry
+                if entry is not None:
+                    _set_layer_requires_grad(entry, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Forget an adapter. Where it was the only active one, the first of the others becomes active: a warning."""
@@ -150,13 +156,21 @@ class BaseTunerLayer:
         dtype = (
             getattr(base_layer, "compute_dtype", None) or weight.dtype
         )  # bitsandbytes' layers say what they compute in
+        containers: Any = self.__dict__["_modules"]
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            entries: Any = getattr(self, attribute, None)
-            if not _is_container(entries) or adapter_name not in entries:
+            entries: Any = containers.get(attribute)
+            if entries is None or not _is_container(entries) or adapter_name not in entries:
                 continue
             entry: Any = entries[adapter_name]
-            tensors = [entry] if isinstance(entry, Tensor) else list(entry.parameters())
+            if isinstance(entry, Tensor):
+                tensors = [entry]
+            elif entry._modules:
+                tensors = [*entry.parameters(), *entry.buffers()]
+            else:
+                tensors = [t for t in (*entry._parameters.values(), *entry._buffers.values()) if t is not None]
             if any(tensor.is_meta for tensor in tensors):
+                continue
+            if all(t.device == device and t.dtype == dtype for t in tensors):
                 continue
             keeps_dtype = not dtype.is_floating_point or (isinstance(entry, Tensor) and not entry.is_floating_point())
             moved = entry.to(device) if keeps_dtype else entry.to(device, dtype)
@@ -166,7 +180,7 @@ class BaseTunerLayer:
                 )
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Refuse what no layer can do yet. Raises: ValueError if adapter_names is given."""
+        """Refuse what a layer of this method cannot do. Raises: ValueError if adapter_names is given."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names (several adapters in one batch) is not supported by peft_fast yet")
 

@@ -7,7 +7,7 @@ their number.
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,11 +19,12 @@ from ..utils.other import (
     AuxiliaryTrainingWrapper,
     _get_module_names_tied_with_embedding,
     _get_submodules,
+    adapter_modules,
     as_names,
     set_additional_trainable_modules,
     walk,
 )
-from ._adapters import adapted_modules, cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad, tuner_layers
+from ._adapters import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad, tuner_layers
 from ._base_layer import BaseTunerLayer, check_adapters_to_merge
 from ._injection import Snapshot, check_mamba, find_targets
 from ._matching import (
@@ -164,8 +165,11 @@ class BaseTuner(nn.Module):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Around each forward and generate of a PeftModel. Raises: ValueError for adapter_names and alora_offsets."""
-        for name in ("adapter_names", "alora_offsets"):
+        """Around each forward and generate of a PeftModel, whose arguments these are.
+
+        Raises: ValueError for arguments that are for adapters and that the method does not know.
+        """
+        for name in ("adapter_names", "adapter_ids", "alora_offsets"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} is not supported by peft_fast yet; activate one adapter with set_adapter")
         yield
@@ -205,7 +209,8 @@ class BaseTuner(nn.Module):
                 for name in targets:
                     layer = model.get_submodule(name)
                     if isinstance(layer, BaseTunerLayer):
-                        layer.set_adapter(self.active_adapters)
+                        if adapter_name in layer.active_adapters:  # a new layer
+                            layer.set_adapter(self.active_adapters)
                         layer.set_requires_grad(adapter_name, False)
             set_additional_trainable_modules(model, config, self.get_model_config(model), adapter_name, active)
             if before.has_adapters:
@@ -304,7 +309,7 @@ class BaseTuner(nn.Module):
 
     def enable_adapter_layers(self) -> None:
         """Run with the active adapters again."""
-        for module in adapted_modules(self.model):
+        for module in adapter_modules(self.model):
             module.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
@@ -317,7 +322,7 @@ class BaseTuner(nn.Module):
                     "same output as the base model would without adaption.",
                     stacklevel=2,
                 )
-        for module in adapted_modules(self.model):
+        for module in adapter_modules(self.model):
             module.enable_adapters(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -327,9 +332,14 @@ class BaseTuner(nn.Module):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
-        active = delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
-        del self.peft_config[adapter_name]
-        self.active_adapter = active or []
+        with self._leaving(adapter_name):
+            active = delete_adapter(self.model, adapter_name, self.prefix, self.tuner_layer_cls)
+            del self.peft_config[adapter_name]
+            self.active_adapter = active or []
+
+    def _leaving(self, adapter_name: str) -> AbstractContextManager[None]:
+        """Around an adapter's deletion: a method that can be asked for it by name in a call waits for such calls."""
+        return nullcontext()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether every layer's adapter can be written as LoRA."""

@@ -114,11 +114,12 @@ class Survey:
 
     def _add_own(self, layer: nn.Module, attribute: str, child: Any, name: str, adapter_name: str) -> None:
         """Add what a tuner layer holds under one attribute: a container by adapter name, or something shared."""
-        file_name = key = join(name, attribute)
         owner: Any = layer
-        if isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or hasattr(child, "keys"):
-            if adapter_name not in child:
-                return
+        container = isinstance(child, (nn.ModuleDict, nn.ParameterDict)) or hasattr(child, "keys")
+        if container and adapter_name not in child:
+            return
+        file_name = key = join(name, attribute)
+        if container:
             owner, attribute, child = child, adapter_name, child[adapter_name]
             key = join(key, adapter_name)
         if isinstance(child, Tensor):
@@ -147,7 +148,7 @@ def _tensor_names(module: nn.Module) -> list[str]:
 
 def _tensors_below(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """(path, holder, attribute) of every tensor of a module's state dict."""
-    for name, holder in module.named_modules():
+    for name, holder in module.named_modules() if module._modules else [("", module)]:
         for attribute in _tensor_names(holder):
             yield join(name, attribute), holder, attribute
 

@@ -10,13 +10,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..routing import MixedBatch, current
+
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
 def _set_layer_requires_grad(layer: nn.Module | Tensor, requires_grad: bool) -> None:
     """Set the flag on a tensor or on all parameters of a module; views (sharded training makes some) keep theirs."""
-    for tensor in [layer] if isinstance(layer, Tensor) else layer.parameters():
-        if tensor.is_leaf and tensor.requires_grad != requires_grad:
+    if isinstance(layer, Tensor):
+        tensors: Iterable[Tensor | None] = [layer]
+    else:  # an adapter's matrix has no modules inside: the general way takes ten times as long
+        tensors = layer.parameters() if layer._modules else layer._parameters.values()
+    for tensor in tensors:
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad != requires_grad:
             tensor.requires_grad_(requires_grad)
 
 
@@ -97,15 +103,30 @@ class AuxiliaryTrainingWrapper(nn.Module):
                 raise
         return getattr(self._active_module(), name)
 
-    def _check_forward_args(self, *args: Any, **kwargs: Any) -> None:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names (several adapters in one batch) is not supported by peft_fast yet")
+    def _module_of(self, adapter_name: str) -> nn.Module | None:
+        """What runs for an adapter's rows in a mixed batch; None where it does not train this module."""
+        raise NotImplementedError
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The active adapter's module, or the original one; the arguments are that module's own."""
-        self._check_forward_args(*args, **kwargs)
-        kwargs.pop("adapter_names", None)
-        return self._active_module()(*args, **kwargs)
+        """The active adapter's module, or the original one; the arguments are that module's own.
+
+        In a mixed batch, which the model's call or `adapter_names` (one per row of the first argument) says, every
+        adapter's module runs at most once, on all rows, and each row gets its own adapter's output. So no module needs
+        to be able to take a part of its arguments.
+        Raises: ValueError if adapter_names has another length than the first argument.
+        """
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and args and len(args[0]) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(args[0])} respectively."
+            )
+        batch = current() if names is None else None if self._disable_adapters else MixedBatch(names)
+        if batch is None:
+            return self._active_module()(*args, **kwargs)
+        modules = {name: self._module_of(name) for name in batch.candidates(sorted(self._adapters))}
+        outputs = {name: module(*args, **kwargs) for name, module in modules.items() if module is not None}
+        return batch.select(outputs, self.original_module(*args, **kwargs))
 
     def enable_adapters(self, enabled: bool) -> None:
         """Use the adapters' modules (True) or the original (False)."""
@@ -182,6 +203,9 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
                 if name in self.modules_to_save:
                     return self.modules_to_save[name]
         return self.original_module
+
+    def _module_of(self, adapter_name: str) -> nn.Module | None:
+        return self.modules_to_save[adapter_name] if adapter_name in self.modules_to_save else None
 
     def enable_adapters(self, enabled: bool) -> None:
         """Use the active adapter's copy, trainable, or the original with every copy frozen."""

@@ -2,11 +2,13 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ...routing import MixedBatch, current
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
 
@@ -38,6 +40,8 @@ class LoraLayer(BaseTunerLayer):
     )
     # whether the base layer stores its weight as (in, out)
     fan_in_fan_out = False
+    # the layer's number in its model's AdapterBank
+    mixed_site: int = -1
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -98,6 +102,45 @@ class LoraLayer(BaseTunerLayer):
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Draw the adapter's weights anew, as `LoraConfig.init_lora_weights` says; see `init.init_lora_weights`."""
         init.init_lora_weights(self, adapter_name, init_lora_weights)
+
+    # --------------------------------------------------------------------------------------------- mixed batches
+    def mixed_entry(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A, B and scaling of an adapter as the bank's tables have them; None if it is not here or is not plain."""
+        return None
+
+    @property
+    def mixed_dtype(self) -> torch.dtype:
+        """dtype of all adapters in the bank's tables for this layer: the base weight's, or what it computes in."""
+        base: Any = self.get_base_layer()
+        dtype: torch.dtype = getattr(base, "compute_dtype", None) or self.weight.dtype
+        return dtype if dtype.is_floating_point and dtype.itemsize > 1 else torch.bfloat16
+
+    @property
+    def mixed_device(self) -> torch.device:
+        """Where the base layer computes."""
+        return self.weight.device
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Raises: ValueError for adapter_names of another length than x's, or with merged adapters; as PEFT."""
+        names = kwargs.get("adapter_names")
+        if names is not None and len(x) != len(names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {len(x)} respectively."
+            )
+        if names is not None:
+            check_not_merged([self])
+
+    def _mixed_batch(self, x: Tensor, kwargs: dict[str, Any]) -> MixedBatch | None:
+        """The mixed batch of this call: from `adapter_names` in `kwargs`, which is taken out, or the model's call.
+
+        Raises: as `_check_forward_args`.
+        """
+        self._check_forward_args(x, **kwargs)
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return current()
+        return None if self._disable_adapters else MixedBatch(names)
 
     # ---------------------------------------------------------------------------------------------------- scaling
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -203,6 +246,14 @@ class LoraLayer(BaseTunerLayer):
             base_layer.weight.data -= self.get_delta_weight(name).detach().to(base_layer.weight.dtype)
             if self.lora_bias[name]:
                 base_layer.bias.data -= self._delta_bias(name)
+
+
+def check_not_merged(layers: Iterable[LoraLayer]) -> None:
+    """Raises: ValueError, PEFT's, if an adapter is merged into the base weights, which every row would get."""
+    if any(layer.merged_adapters for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
 
 
 def in_out_features(module: nn.Module) -> tuple[int, int]:

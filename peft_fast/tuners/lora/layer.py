@@ -14,7 +14,9 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...ops.functional import lora_linear, lora_update, new_seed
+from ...routing import current
 from .._base_layer import BaseTunerLayer
+from . import mixed
 from .base import LoraLayer, is_transformers_conv1d
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "dispatch_default"]
@@ -45,6 +47,16 @@ class _LoraModule(nn.Module, LoraLayer):
 
     def __repr__(self) -> str:
         return "lora." + super().__repr__()
+
+    def _low_rank(self, x: Tensor, name: str) -> Tensor:
+        """What the adapter adds, in its own dtype. Its modules are called one by one: hooks on them run."""
+        lora_A: Any = self.lora_A[name]
+        lora_B: Any = self.lora_B[name]
+        weight = getattr(lora_A, "weight", None)
+        if weight is not None:
+            x = self._cast_input_dtype(x, weight.dtype)
+        y: Tensor = lora_B(lora_A(self.lora_dropout[name](x))) * self.scaling[name]
+        return y
 
 
 class Linear(_LoraModule):
@@ -82,12 +94,13 @@ class Linear(_LoraModule):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y (..., N) for x (..., K), in the dtype that the base layer returns, which gets the other arguments.
 
-        Raises: ValueError if adapter_names is given.
+        Args: adapter_names: one per row of x, "__base__" for none; else what the model's call says, else the active.
+        Raises: ValueError if adapter_names has another length, or adapters are merged.
         """
+        batch = self._mixed_batch(x, kwargs) if kwargs else current()
+        if batch is not None:
+            return mixed.linear(self, batch, x, *args, **kwargs)
         # Sub-modules are read from _modules: this runs once per token and layer, and nn.Module's own look-up is slow.
-        if kwargs:
-            self._check_forward_args(x, *args, **kwargs)
-            kwargs.pop("adapter_names", None)
         modules: Any = self._modules
         base_layer, present = modules["base_layer"], modules["lora_A"]._modules
         result: Tensor | None = None
@@ -102,7 +115,10 @@ class Linear(_LoraModule):
                         if result is not None:
                             continue
                     result = base_layer(x, *args, **kwargs)
-                result = self._updated(result, x, name) if adapter is None else _update(result, x, adapter)
+                if adapter is None:
+                    result = (result + self._low_rank(x, name)).to(result.dtype)
+                else:
+                    result = _update(result, x, adapter)
         elif self._disable_adapters and self.merged_adapters:
             self.unmerge()
         return base_layer(x, *args, **kwargs) if result is None else result
@@ -126,30 +142,44 @@ class Linear(_LoraModule):
             return None
         return a, b, lora_B._parameters["bias"], self.scaling[name], p
 
+    def mixed_entry(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A (R, K), B (N, R) and scaling for the bank; None if the adapter is not here, or has to run as modules.
+
+        As `_plain_adapter`, in the fewest steps: a mixed batch asks for every adapter at every site.
+        """
+        modules: Any = self._modules
+        lora_A, lora_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
+        if not (_is_plain(lora_A, nn.Linear) and _is_plain(lora_B, nn.Linear)):
+            return None
+        a, b = lora_A._parameters["weight"], lora_B._parameters["weight"]
+        if lora_B._parameters["bias"] is not None or type(a) not in _TENSORS or type(b) not in _TENSORS:
+            return None
+        if a.dtype.itemsize == 1 or modules["lora_dropout"]._modules[name].training:
+            return None
+        return a, b, self.scaling[name]
+
+    def _plain_base(self, x: Tensor) -> bool:
+        """Whether calling the base layer is the product with its weight, and nothing else."""
+        base_layer: Any = self._modules["base_layer"]
+        if self._fusable_type is None or not _is_plain(base_layer, self._fusable_type):
+            return False
+        w = base_layer._parameters.get("weight")
+        if type(w) not in _TENSORS or w.requires_grad or w.device != x.device:
+            return False
+        # where dtypes differ the base layer says what is wrong
+        return w.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
+
     def _fused(self, base_layer: Any, x: Tensor, adapter: _Adapter) -> Tensor | None:
         """Base and adapter in one op, or None if the base layer is not exactly what it seems."""
-        if self._fusable_type is None or not _is_plain(base_layer, self._fusable_type):
-            return None
         a, b, lora_bias, scaling, p = adapter
-        w, bias = base_layer._parameters.get("weight"), base_layer._parameters.get("bias")
-        if type(w) not in _TENSORS or w.requires_grad or w.device != a.device:
+        if not self._plain_base(x) or a.device != x.device:
             return None
-        if w.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None  # the base layer says what is wrong
+        w, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
         if self.is_target_conv_1d_layer:
             w = w.T
         seed = new_seed(x.device) if p > 0 else None
         y = lora_linear(x, w, a, b, scaling, bias, dropout_p=p, seed=seed)
         return y if lora_bias is None else (y + scaling * lora_bias).to(y.dtype)
-
-    def _updated(self, result: Tensor, x: Tensor, name: str) -> Tensor:
-        """`result` plus the adapter, whose modules are called one by one: hooks on them run."""
-        lora_A, lora_B = self.lora_A[name], self.lora_B[name]
-        weight = getattr(lora_A, "weight", None)
-        if weight is not None:
-            x = self._cast_input_dtype(x, weight.dtype)
-        y: Tensor = result + lora_B(lora_A(self.lora_dropout[name](x))) * self.scaling[name]
-        return y.to(result.dtype)
 
 
 def _update(result: Tensor, x: Tensor, adapter: _Adapter) -> Tensor:
@@ -196,10 +226,15 @@ class Embedding(_LoraModule):
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return (b @ a).T
 
+    def mixed_entry(self, name: str) -> tuple[Tensor, Tensor, float] | None:
+        """A (R, V), B (D, R) and scaling for the bank; None if the adapter is not here."""
+        return (*self._factors(name), self.scaling[name]) if name in self.lora_embedding_A else None
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(..., D) for ids (...). Raises: ValueError if adapter_names is given."""
-        self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
+        """(..., D) for ids (...). Arguments and errors as in `Linear.forward`."""
+        batch = self._mixed_batch(x, kwargs)
+        if batch is not None:
+            return mixed.embedding(self, batch, x, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -264,9 +299,10 @@ class _ConvNd(_LoraModule):
         super()._check_mergeable(base_layer, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output plus the adapters', in its dtype. Raises: ValueError if adapter_names is given."""
-        self._check_forward_args(x, *args, **kwargs)
-        kwargs.pop("adapter_names", None)
+        """The base layer's output plus the adapters', in its dtype. Arguments and errors as in `Linear.forward`."""
+        batch = self._mixed_batch(x, kwargs)
+        if batch is not None:
+            return mixed.convolution(self, batch, x, *args, **kwargs)
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
@@ -275,10 +311,7 @@ class _ConvNd(_LoraModule):
         dtype = result.dtype
         for name in self.active_adapters:
             if name in self.lora_A:
-                lora_A: Any = self.lora_A[name]
-                lora_B: Any = self.lora_B[name]
-                x = self._cast_input_dtype(x, lora_A.weight.dtype)
-                result = result + lora_B(lora_A(self.lora_dropout[name](x))) * self.scaling[name]
+                result = result + self._low_rank(x, name)
         return result.to(dtype)
 
 

@@ -12,10 +12,11 @@ from ...utils.other import ModulesToSaveWrapper, _freeze_adapter
 from ..tuners_utils import BaseTuner, get_pattern_key
 from .init import check_init
 from .layer import LoraLayer, dispatch_default
+from .mixed_model import MixedBatches
 from .weighted import COMBINATION_TYPES, PLAIN_TYPES, Recipe, combine_layer
 
 
-class LoraModel(BaseTuner):
+class LoraModel(MixedBatches, BaseTuner):
     """A base model with LoRA adapters: y = base(x) + scaling * dropout(x) @ A.T @ B.T in every targeted layer.
 
     Args: as `BaseTuner`.
