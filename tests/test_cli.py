@@ -76,6 +76,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["demo", "--stpes", "3"], "unrecognized"),
         (["dmeo"], "invalid choice"),
         (["check"], "ADAPTER_DIR"),
+        (["generate", "--model", "m"], "--in, --out"),
     ],
     ids=" ".join,
 )

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_fast.cli import demo, demo_data, demo_report
+from peft_fast.cli import demo, demo_batch, demo_data, demo_report
+from peft_fast.cli.errors import CommandError
 from peft_fast.cli.main import main
 
 NAMES = list(demo_data.DOMAINS)
@@ -57,6 +58,48 @@ def test_peft_reads_the_adapters(finished: Path) -> None:
         ours.set_adapter(name)
         with torch.no_grad():
             torch.testing.assert_close(ours(input_ids=rows).logits, theirs.eval()(input_ids=rows).logits)
+
+
+def test_one_batch_for_all_adapters(finished: Path) -> None:
+    """Its tokens are those of each adapter alone, here to the last one; the check sees a row with another adapter."""
+    model = demo.load_adapters(finished / "base", finished / "adapters", NAMES, torch.device("cpu"))
+    rows = demo_batch.rows_for({name: demo_data.split(demo_data.package_docstrings(name))[1] for name in NAMES})
+    assert [row.adapter for row in rows] == [*NAMES, None] and len({len(row.ids) for row in rows}) > 1
+    tokens = demo_batch.together(model, rows, 24)
+    assert tokens.tolist() == torch.cat(demo_batch.one_by_one(model, rows, 24)).tolist()
+    for i, row in enumerate(rows):
+        demo_batch.check(model, row, tokens[i])
+        with pytest.raises(CommandError, match=f"mixed batch, {NAMES[i - 1]}: token .* is not the one"):
+            demo_batch.check(model, row._replace(adapter=NAMES[i - 1]), tokens[i])
+    model.get_input_embeddings().weight.data.fill_(torch.nan)
+    with pytest.raises(CommandError, match="nan below"):
+        demo_batch.check(model, rows[0], tokens[0])
+
+
+def test_what_is_said_of_the_batch(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed = json.loads((finished / "results.json").read_text(encoding="utf-8"))["mixed_batch"]
+    assert (mixed["rows"], mixed["tokens"]) == (5, 120) and mixed["seconds"] > 0
+    assert mixed["times_faster"] == pytest.approx(mixed["seconds_one_by_one"] / mixed["seconds"], rel=0.02)
+    made_up = {"rows": 5, "tokens": 240, "seconds": 0.5, "seconds_one_by_one": 2.0, "times_faster": 4.0}
+    text = demo_batch.report(made_up)
+    assert "4 adapters and the base" in text and "240 tokens in 0.50 s, 4.0 times faster" in text and "(2.00 s)" in text
+
+
+def test_a_wrong_batch_fails_the_demo(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    together = demo_batch.together
+    monkeypatch.setattr(demo_batch, "together", lambda model, rows, length: together(model, rows, length).flip(0))
+    assert main(["demo", "--quick", "--out", str(copy)]) == 1
+    assert "is not the one that it chooses alone" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_requests_for_generate(copy: Path) -> None:
+    """The command that the demo names at its end."""
+    command = ["generate", "--model", str(copy / "base"), "--adapters-dir", str(copy / "adapters")]
+    assert main([*command, "--in", str(copy / "requests.jsonl"), "--out", str(copy / "answers.jsonl")]) == 0
+    answers = [json.loads(line) for line in (copy / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [answer["adapter"] for answer in answers] == [*NAMES, None] and all(answer["text"] for answer in answers)
 
 
 def test_a_second_run_trains_nothing_and_finds_the_same(

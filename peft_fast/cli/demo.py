@@ -3,7 +3,8 @@
 Every stage leaves its result in the output directory, written atomically, and a later run goes on from there:
     base/             a copy of the base model that comes with the package (examples/train_base.py made it)
     adapters/NAME/    one adapter per package, in PEFT's format; adapters/done.json says with which settings
-    results.json      settings, held-out losses, times        results.png   the same as a picture
+    results.json      settings, held-out losses, times        results.png   the losses as a picture
+    requests.jsonl    a prompt for each adapter: what `peft-fast generate` can be tried on
 """
 
 import hashlib
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import demo_data, demo_report
+from . import demo_batch, demo_data, demo_report
+from .device import pick_device
 from .errors import CommandError, UsageError
 
 if TYPE_CHECKING:
@@ -48,9 +50,10 @@ class Settings(NamedTuple):
 
 
 def run(settings: Settings, fresh: bool = False) -> int:
-    """Train, save, load back, compare; 0 if every adapter wins on its own package, else 1.
+    """Train, save, load back, compare, run all in one batch; 0 if every adapter wins on its own package, else 1.
 
-    Raises: UsageError for a device or directory that cannot be used; CommandError where the base model is missing;
+    Raises: UsageError for a device or directory that cannot be used; CommandError where the base model is missing, an
+        adapter does not win, or a mixed batch gives other tokens than one adapter after the other;
         FileNotFoundError for missing sources of Python; the library's errors for an adapter directory that is broken.
     """
     start = time.perf_counter()
@@ -63,36 +66,28 @@ def run(settings: Settings, fresh: bool = False) -> int:
     with tqdm(total=len(splits) * settings.steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         train_adapters(settings, base, device, {name: texts for name, (texts, _) in splits.items()}, bar)
     model = load_adapters(base, out / "adapters", list(splits), device)
-    losses = compare(model, {name: texts for name, (_, texts) in splits.items()}, settings)
+    held_out = {name: texts for name, (_, texts) in splits.items()}
+    losses = compare(model, held_out, settings)
+    rows = demo_batch.rows_for(held_out)
+    mixed = demo_batch.run(model, rows, length=24 if settings.quick else 48, rounds=3 if settings.quick else 5)
+    demo_batch.write_requests(rows, out / "requests.jsonl")
     seconds = time.perf_counter() - start
 
     settings_as_text = {"steps": settings.steps, "seed": settings.seed, "device": str(device), "quick": settings.quick}
     demo_report.write_json(
-        out / "results.json", {"settings": settings_as_text, "losses": losses, "seconds": round(seconds, 1)}
+        out / "results.json",
+        {"settings": settings_as_text, "losses": losses, "mixed_batch": mixed, "seconds": round(seconds, 1)},
     )
     print("\n" + demo_report.table(losses, BASE_ROW))
     print("\n" + demo_report.draw(losses, BASE_ROW, out / "results.png"))
     print("\n" + demo_report.samples(model, list(splits), settings.seed))
+    print("\n" + demo_batch.report(mixed))
     lost = demo_report.losers(losses, BASE_ROW)
     if lost:
         raise CommandError("; ".join(lost) + ". More --steps may help; --fresh trains the adapters again")
     print("\n" + demo_report.next_steps(settings.out, list(splits)))
     print(f"\nEvery adapter wins on its own package. {seconds:.0f} s in all.")
     return 0
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name, usable; "auto" takes a GPU where there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three for what is not there
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise UsageError("--device meta: it holds no numbers, nothing can be trained there")
-    return device
 
 
 def prepare_directory(out: Path, fresh: bool) -> Path:

@@ -116,6 +116,8 @@ def next_steps(out: Path, names: list[str]) -> str:
     adapter = out / "adapters" / names[-1]
     return f"""What to try next:
   peft-fast check {adapter} --base {out / "base"}
+  peft-fast generate --model {out / "base"} --adapters-dir {out / "adapters"} --in {out / "requests.jsonl"} \\
+      --out {out / "answers.jsonl"}    # every request with its own adapter, in one batch
   peft-fast demo --steps 120 --out {out}        # longer training, larger gains
   peft-fast info                                # which implementation runs on this machine, and why
   python examples/minilm_classification.py      # in a checkout: LoRA on a real sentence encoder
