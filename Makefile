@@ -20,7 +20,7 @@ aot:
 	python -m bench aot
 
 bench:
-	python -m bench run && python -m bench report
+	python -m bench run && python -m bench run --suite mixed && python -m bench report
 
 demo:
 	peft-fast demo

@@ -1,9 +1,10 @@
-"""What is measured, as data: LoRA at single linear sites, and whole models. Nothing here runs anything."""
+"""What is measured, as data: LoRA at single linear sites, whole models, mixed batches. Nothing here runs anything."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 BYTES = {"bf16": 2, "fp32": 4}
+MIXED_RANKS = (16, 4, 64, 8, 32)  # of the adapters in mixed batches, in turn
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,102 @@ class ModelCase:
         return self.name
 
 
+@dataclass(frozen=True)
+class MixedCase:
+    """A Llama with ``loaded`` all-linear LoRA adapters; each row of a batch takes one of ``distinct``, in turn.
+
+    together: the rows of an adapter follow each other.    dtype, adapters: as in ``ModelCase``.
+    group: "mixed", or "flat": the same batch while more and more adapters are loaded.
+    aim: peft_fast's time over the base's should not be more.    faster: peft's over peft_fast's must not be less.
+    """
+
+    rows: int
+    tokens: int
+    distinct: int
+    loaded: int
+    dtype: str = "fp32"
+    adapters: str = "default"
+    together: bool = False
+    group: str = "mixed"
+    aim: float | None = None
+    faster: float = 1.0
+
+    def __str__(self) -> str:
+        dtype = self.dtype + ("-adapters" if self.adapters == "same" else "")
+        more = "-together" if self.together else ""
+        return f"{self.group}-{self.rows}x{self.tokens}-{self.distinct}of{self.loaded}-{dtype}{more}"
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter of each row."""
+        of_row = (i * self.distinct // self.rows if self.together else i % self.distinct for i in range(self.rows))
+        return [f"a{i}" for i in of_row]
+
+
+@dataclass(frozen=True)
+class ManageCase:
+    """A Llama with 32 small layers, 224 linear ones: adding, loading, setting and deleting adapter number ``nth``."""
+
+    nth: int
+    rounds: int
+
+    def __str__(self) -> str:
+        return f"as-number-{self.nth}"
+
+
+@dataclass(frozen=True)
+class MixedOpCase:
+    """One linear site (N, K) and M rows that take ``adapters`` LoRA adapters of ``MIXED_RANKS``, in turn.
+
+    mode: "fwd" or "graph".    x, w and adapters are bf16. Not counted: the plan, made once for all sites of a model.
+    """
+
+    site: str
+    K: int
+    N: int
+    M: int
+    adapters: int
+    mode: str = "fwd"
+
+    def __str__(self) -> str:
+        return f"{self.site}-M{self.M}-{self.adapters}adapters-{self.mode}"
+
+    @property
+    def slots(self) -> list[int]:
+        """The adapter of each row."""
+        return [i % self.adapters for i in range(self.M)]
+
+    @property
+    def ranks(self) -> list[int]:
+        return [MIXED_RANKS[i % len(MIXED_RANKS)] for i in range(self.adapters)]
+
+    def flops(self, lora: bool) -> float:
+        low_rank = sum(2 * self.ranks[slot] * (self.K + self.N) for slot in self.slots) * lora
+        return 2 * self.M * self.N * self.K + low_rank
+
+    def bytes(self, lora: bool) -> float:
+        """The least that has to move: the adapters in use once."""
+        used = sum(self.ranks[slot] for slot in set(self.slots)) * (self.K + self.N) * lora
+        return BYTES["bf16"] * (self.M * self.K + self.N * self.K + self.M * self.N + used)
+
+
+@dataclass(frozen=True)
+class MixedDecodeCase:
+    """A decode step of a Llama with the sizes of the 8B: ``rows`` sequences, ``distinct`` adapters of ``loaded``."""
+
+    rows: int
+    distinct: int
+    loaded: int
+
+    def __str__(self) -> str:
+        return f"decode-{self.rows}rows-{self.distinct}of{self.loaded}"
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter of each row."""
+        return [f"a{i % self.distinct}" for i in range(self.rows)]
+
+
 # Llama-3-8B; qkv and gate_up as one matrix each
 LLAMA_8B = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
 # a quarter of its sizes: what one CPU core can take
@@ -96,6 +193,36 @@ def cpu_models(quick: bool) -> Iterator[ModelCase]:
         yield ModelCase("train-fp32-dropout", "train", "fp32", rows, tokens, dropout=0.05)
 
 
+def cpu_mixed(quick: bool) -> Iterator[MixedCase]:
+    """Batches that mix adapters. In an order in which adapters are only ever added: see ``mixed_cases.Loaded``."""
+    if quick:
+        yield MixedCase(4, 1, 2, 2, group="flat")
+        yield MixedCase(4, 1, 3, 3)
+        yield MixedCase(4, 1, 2, 6, group="flat")
+        yield MixedCase(4, 2, 3, 6, dtype="bf16", together=True)
+        return
+    yield MixedCase(8, 1, 4, 4, group="flat")
+    yield MixedCase(8, 1, 4, 10, group="flat")
+    yield MixedCase(32, 1, 32, 32, aim=2.0, faster=3.0)
+    yield MixedCase(32, 1, 8, 32, aim=1.6, faster=2.0)
+    yield MixedCase(32, 1, 1, 32, aim=1.4)
+    yield MixedCase(32, 1, 8, 32, together=True, aim=1.6, faster=2.0)
+    for distinct in (32, 8, 1):
+        yield MixedCase(32, 64, distinct, 32)
+    yield MixedCase(8, 1, 1, 100, aim=1.4, faster=6.0)
+    yield MixedCase(8, 1, 4, 100, group="flat")
+    for adapters in ("default", "same"):
+        for distinct in (32, 8, 1):
+            yield MixedCase(32, 1, distinct, 32, "bf16", adapters)
+        yield MixedCase(32, 64, 8, 32, "bf16", adapters)
+
+
+def cpu_manage(quick: bool) -> Iterator[ManageCase]:
+    """What adapters cost to come, to be switched to and to go, the more there are."""
+    for nth, rounds in ((2, 2), (4, 2)) if quick else ((2, 7), (10, 7), (100, 5)):
+        yield ManageCase(nth, rounds)
+
+
 def gpu_ops(step: str) -> Iterator[OpCase]:
     """Steps of the GPU campaign: "forward" (sites, sizes, ranks), "decode" (eager, graphs), "backward" (beside peft).
 
@@ -117,4 +244,20 @@ def gpu_ops(step: str) -> Iterator[OpCase]:
                 yield OpCase(site, K, N, 8192, 16, "train", adapters=adapters, dropout=0.05)
 
 
-GPU_STEPS = ("ceilings", *(f"forward-{site}" for site, _, _ in LLAMA_8B), "decode", "backward")
+def gpu_mixed(step: str) -> Iterator[MixedOpCase | MixedDecodeCase]:
+    """Steps of the GPU campaign with mixed batches: "mixed" (decode at the sites), "mixed-model" (end to end)."""
+    if step == "mixed":
+        for site, K, N in LLAMA_8B:
+            for M in (1, 8, 32, 64):
+                for adapters in sorted({a for a in (1, 8, 32, 128) if a <= M} | {128}):
+                    for mode in ("fwd", "graph"):
+                        yield MixedOpCase(site, K, N, M, adapters, mode)
+    elif step == "mixed-model":
+        for distinct in (1, 8, 32):
+            yield MixedDecodeCase(32, distinct, 128)
+        yield MixedDecodeCase(128, 128, 128)
+
+
+LORA_STEPS = ("ceilings", *(f"forward-{site}" for site, _, _ in LLAMA_8B), "decode", "backward")
+MIXED_STEPS = ("mixed", "mixed-model")
+GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS)

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("peft_fast measurements")
     group.addoption("--quick", action="store_true", help="few cases, small models, few rounds")
     group.addoption("--gpu-step", choices=cases.GPU_STEPS, help="one step of the GPU campaign instead of the CPU cases")
+    group.addoption("--suite", default="lora", help="which one it is: written into the result")
     group.addoption("--dry", action="store_true", help="a GPU step on the CPU with tiny sizes: does the script work?")
 
 
@@ -29,12 +31,14 @@ class Session:
         self.quick: bool = config.getoption("--quick")
         self.step: str | None = config.getoption("--gpu-step")
         self.dry: bool = config.getoption("--dry")
+        self.suite: str = config.getoption("--suite")
         on_gpu = self.step is not None and not self.dry
         if on_gpu and not torch.cuda.is_available():
             raise pytest.UsageError("--gpu-step needs a GPU and torch sees none; --dry tries the script on the CPU")
         self.device = torch.device("cuda" if on_gpu else "cpu")
         self.seconds = 0.2 if self.dry else 3.0 if on_gpu else 1.0 if self.quick else 2.5
         self.model_seconds = 5.0 if self.quick else 30.0
+        self.mixed_seconds = 0.5 if self.quick else 4.0
         self.wrong: list[dict[str, Any]] = []
         self.started = time.time()
         self.load = os.getloadavg()[0]
@@ -77,6 +81,7 @@ class Session:
             "quick": self.quick,
             "dry": self.dry,
             "step": self.step or "",
+            "suite": self.suite,
             "load_at_start": round(self.load, 2),
         }
 
@@ -117,6 +122,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model_case" in metafunc.fixturenames:
         found_models = [] if session.step else list(cases.cpu_models(session.quick))
         metafunc.parametrize("model_case", found_models, ids=str, scope="module")
+    for name, found_mixed in _mixed(session).items():
+        if name in metafunc.fixturenames:
+            metafunc.parametrize(name, found_mixed, ids=str, scope="module")
+
+
+def _mixed(session: Session) -> dict[str, list[Any]]:
+    """By fixture: the cases of bench_mixed."""
+    step = session.step
+    found: dict[str, list[Any]] = {
+        "mixed_case": [] if step else list(cases.cpu_mixed(session.quick)),
+        "manage_case": [] if step else list(cases.cpu_manage(session.quick)),
+        "mixed_op_case": [c for c in cases.gpu_mixed(step or "") if isinstance(c, cases.MixedOpCase)],
+        "decode_case": [c for c in cases.gpu_mixed(step or "") if isinstance(c, cases.MixedDecodeCase)],
+    }
+    if session.dry:
+        found["mixed_op_case"] = sorted(
+            {replace(c, K=c.K // 64, N=c.N // 64, adapters=min(c.adapters, 8)) for c in found["mixed_op_case"]}, key=str
+        )
+        found["decode_case"] = [
+            replace(c, rows=min(c.rows, 8), distinct=min(c.distinct, 4), loaded=6) for c in found["decode_case"][:2]
+        ]
+    return found
 
 
 def _tiny(case: cases.OpCase) -> cases.OpCase:

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # The GPU campaign for LoRA, one step per call so that each ends within ten minutes: bench/gpu.sh STEP [OUT_DIR]
-# Steps: ceilings, forward-qkv, forward-o, forward-gate_up, forward-down, decode, backward; `all` runs them one after the other.
+# Steps: ceilings, forward-qkv, forward-o, forward-gate_up, forward-down, decode, backward, mixed,
+# mixed-model; `all` runs them one after the other.
 # Results: OUT_DIR/gpu-STEP.json, default OUT_DIR is $OUT or bench/results. DRY=1 tries a step on the CPU with tiny sizes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-step=${1:?"step: ceilings, forward-qkv, forward-o, forward-gate_up, forward-down, decode, backward or all"}
+step=${1:?"step: ceilings, forward-qkv, forward-o, forward-gate_up, forward-down, decode, backward, mixed, mixed-model or all"}
 out=${2:-${OUT:-bench/results}}
 python=${PYTHON:-python}
 if [ "$step" = all ]; then
-    steps="ceilings forward-qkv forward-o forward-gate_up forward-down decode backward"
+    steps="ceilings forward-qkv forward-o forward-gate_up forward-down decode backward mixed mixed-model"
 else
     steps=$step
 fi

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _SAMPLE_SECONDS = 3e-3  # a sample is as many calls as take this long
+_LONG = 100 * _SAMPLE_SECONDS  # of a call: one is enough to see that one is a sample
 _MAX_ROUNDS = 101
 
 
@@ -61,6 +62,8 @@ def sample(function: Callable[[int], Any], calls: int, device: torch.device) -> 
 
 def _calls_per_sample(function: Callable[[int], Any], device: torch.device) -> int:
     function(0)
+    if sample(function, 1, device) > _LONG:
+        return 1
     once = sample(function, 3, device)
     if once > _SAMPLE_SECONDS:
         return 1

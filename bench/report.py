@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .run import HERE, RESULTS
+from . import report_mixed
+from .run import HERE, RESULTS, SUITES
 
 README = HERE.parent / "README.md"
-BEGIN, END = "<!-- bench:cpu -->", "<!-- /bench:cpu -->"
+MARKS = {"lora": "cpu", "mixed": "mixed"}  # suite -> the block's name in README.md
+GROUPS = ("op", "model", "mixed", "flat", "manage", "mixed site", "decode")
 # what the project aims at, peft_fast over the base model: time, and growth of memory in the training step
 TARGETS = {"forward-bf16": 1.2, "one-token-bf16": 1.15, "train-bf16-dropout": 1.25}
 MEMORY_TARGET, PEFT_LIMIT = 1.2, 1.05
@@ -26,21 +28,30 @@ Rows = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> extra_info wi
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m bench report``."""
-    parser.add_argument("file", nargs="?", type=Path, default=RESULTS / "cpu.json", help="default: %(default)s")
+    parser.add_argument("file", nargs="?", type=Path, help="default: cpu.json and cpu-mixed.json of bench/results")
     parser.add_argument("--readme", action="store_true", help="put the summary into README.md")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures here; default: beside the file")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print, draw, fill in; 1 if the file tells of wrong results."""
-    result = json.loads(args.file.read_text())
-    print(side_by_side(result))
-    for path in draw(result, args.plots or args.file.parent, args.file.stem):
-        print(f"drew {path}")
-    if args.readme:
-        README.write_text(with_table(README.read_text(), readme_table(result)))
-        print(f"filled in {README}")
-    return 1 if result["wrong"] else 0
+    """Print, draw, fill in; 1 if a file tells of wrong results."""
+    committed = [RESULTS / f"{stem}.json" for stem in SUITES.values()]
+    wrong = False
+    for file in [args.file] if args.file else [path for path in committed if path.exists()]:
+        result = json.loads(file.read_text())
+        print(side_by_side(result))
+        for path in draw(result, args.plots or file.parent, file.stem):
+            print(f"drew {path}")
+        if args.readme:
+            README.write_text(with_table(README.read_text(), readme_table(result), suite_of(result)))
+            print(f"filled in {README}")
+        wrong = wrong or bool(result["wrong"])
+    return 1 if wrong else 0
+
+
+def suite_of(result: dict[str, Any]) -> str:
+    """The suite that a file is of, "lora" or "mixed"; files from before there were two are "lora"."""
+    return str(result["peft_fast"].get("suite", "lora"))
 
 
 def rows_of(result: dict[str, Any], group: str) -> Rows:
@@ -70,7 +81,7 @@ def side_by_side(result: dict[str, Any]) -> str:
     ceilings = result["peft_fast"]["ceilings"]
     lines.append(f"ceilings: copy {ceilings['bytes'] / 1e9:.1f} GB/s, bf16 {ceilings['bf16'] / 1e9:.0f} GFLOP/s, "
                  f"fp32 {ceilings['fp32'] / 1e9:.0f} GFLOP/s")  # fmt: skip
-    for group in ("op", "model"):
+    for group in GROUPS:
         rows = rows_of(result, group)
         if not rows:
             continue
@@ -83,7 +94,8 @@ def side_by_side(result: dict[str, Any]) -> str:
             for provider, info in by_provider.items():
                 lines.append(f"{case:<{width}} {provider:<20} {_cells(info)}")
     slow = over_limit(result)
-    lines += ["", f"peft_fast over peft: worst median ratio {slow[0]:.3f} ({slow[1]}), limit {PEFT_LIMIT}"]
+    lines += ["", *report_mixed.targets(rows_of(result, "mixed"), rows_of(result, "flat"))]
+    lines += [f"peft_fast over peft: worst median ratio {slow[0]:.3f} ({slow[1]}), limit {PEFT_LIMIT}"]
     return "\n".join(lines)
 
 
@@ -91,7 +103,7 @@ def over_limit(result: dict[str, Any]) -> tuple[float, str]:
     """The largest median ratio of peft_fast's time to peft's, and where."""
     found = [
         (info["ratio_to_peft"]["median"], case)
-        for group in ("op", "model")
+        for group in GROUPS
         for case, by_provider in rows_of(result, group).items()
         for info in [by_provider.get("peft_fast", {})]
         if "ratio_to_peft" in info
@@ -109,7 +121,8 @@ def _cells(info: dict[str, Any]) -> str:
     memory = f"{info['peak_bytes_to_base']:.2f}" if "peak_bytes_to_base" in info else "-"
     ratios = [f"{r['median']:.2f}" if r else "-" for r in (to_base, to_peft)]
     times = f"{_time(info['median']):>10} {ratios[0]:>6} {ratios[1]:>6} {quartiles:>13}"
-    return f"{times} {share:>8} {info['error']:>8.0e} {memory:>11}"
+    rate = f" {info['tokens_per_second']:.0f} tokens/s" if "tokens_per_second" in info else ""
+    return f"{times} {share:>8} {info['error']:>8.0e} {memory:>11}{rate}"
 
 
 def _time(seconds: float) -> str:
@@ -128,6 +141,8 @@ def readme_table(result: dict[str, Any] | None) -> str:
         raise ValueError("README.md shows a whole run of `python -m bench run`, and this one was --quick or --dry")
     lines = ["| | base | peft | peft_fast | peft_fast / peft |", "|---|---|---|---|---|"]
     rows = rows_of(result, "model")
+    if suite_of(result) == "mixed":
+        return _readme_mixed(result)
     for case, by_provider in rows.items():
         cells = [_time(by_provider["base"]["median"])]
         cells += [f"{by_provider[name]['ratio_to_base']['median']:.2f}x" for name in ("peft", "peft_fast")]
@@ -148,22 +163,39 @@ def readme_table(result: dict[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def with_table(text: str, table: str) -> str:
-    """README's text with the block between the two marks replaced. Raises: ValueError if the marks are not there."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must contain {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"
+def _readme_mixed(result: dict[str, Any]) -> str:
+    lines = report_mixed.readme_lines(*(rows_of(result, group) for group in ("mixed", "flat", "manage")))
+    growth = report_mixed.growth_of(rows_of(result, "flat"))
+    lines += [
+        "",
+        'The model of the table above; a row is one token unless it says more, "8 of 32" means that 8 adapters of 32 '
+        "loaded ones are in the batch, of ranks 4 to 64, named in turn by `adapter_names=[...]`. From 4 to 100 loaded "
+        f"adapters, the time over the base's grows {growth['peft']:.2f} times in peft and {growth['peft_fast']:.2f} "
+        "times in peft_fast. "
+        "Management: a Llama of 32 small layers, rank 8. "
+        f"`python -m bench run --suite mixed` on {where(result)}.",
+    ]
+    return "\n".join(lines)
+
+
+def with_table(text: str, table: str, suite: str = "lora") -> str:
+    """README's text with a suite's block between its two marks replaced. Raises: ValueError if they are not there."""
+    begin, end = f"<!-- bench:{MARKS[suite]} -->", f"<!-- /bench:{MARKS[suite]} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"README.md must contain {begin} and {end} once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}"
 
 
 def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Bars of time over the base: one picture for the models, one for the single sites."""
+    """Bars of time over the base: one picture for the models, one for the single sites; two of mixed batches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    drawn = []
+    groups = {group: rows_of(result, group) for group in ("mixed", "flat", "manage")}
+    drawn = report_mixed.draw(groups, result["peft_fast"], folder, stem)
     colors = {"plain torch": "#9a9a9a", "peft": "#d1774f", "peft_fast": "#3f7fb5"}
     for group, title in (("model", "Llama, all-linear LoRA r = 16"), ("op", "One linear layer with LoRA")):
         rows = {c: p for c, p in rows_of(result, group).items() if "ratio_to_base" in p.get("peft_fast", {})}

@@ -6,16 +6,23 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cases import GPU_STEPS
+from .cases import GPU_STEPS, MIXED_STEPS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
+SUITES = {"lora": "cpu", "mixed": "cpu-mixed"}  # suite -> stem of its result file; bench_SUITE.py has its tests
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m bench run``."""
     parser.add_argument("--quick", action="store_true", help="few cases and a small model: does everything work?")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: bench/results/cpu.json, or gpu-STEP.json")
+    parser.add_argument(
+        "--suite", choices=SUITES, default="lora",
+        help="single adapters (default), or mixed: batches that mix adapters, and the management of adapters",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: bench/results/cpu.json, cpu-mixed.json, or gpu-STEP.json"
+    )
     parser.add_argument("--only", metavar="WORDS", help="only cases that match, as pytest -k")
     parser.add_argument(
         "--gpu", choices=GPU_STEPS, metavar="STEP", help=f"one step of the GPU campaign: {', '.join(GPU_STEPS)}"
@@ -24,18 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run pytest on bench_lora.py; non-zero if a result was wrong or anything failed."""
-    out = args.out or RESULTS / (f"gpu-{args.gpu}.json" if args.gpu else "cpu-quick.json" if args.quick else "cpu.json")
+    """Run pytest on bench_SUITE.py; non-zero if a result was wrong or anything failed."""
+    suite = args.suite if not args.gpu else "mixed" if args.gpu in MIXED_STEPS else "lora"
+    stem = f"gpu-{args.gpu}" if args.gpu else SUITES[suite] + "-quick" * args.quick
+    out = args.out or RESULTS / f"{stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out = out.resolve()
     environment = dict(os.environ)
     if not args.gpu or args.dry:
         environment |= dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     environment.pop("PEFT_FAST_LORA", None)  # a developer's choice must not decide what is measured
-    command = [sys.executable, "-m", "pytest", str(HERE / "bench_lora.py"), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{suite}.py"), "-q", "-p", "no:cacheprovider"]
     command += [f"--benchmark-json={out}", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
     command += ["--benchmark-group-by=group", "--benchmark-sort=name", "-W", "ignore", "--benchmark-warmup=off"]
-    command += ["--quick"] * args.quick + ["--dry"] * args.dry
+    command += ["--suite", suite] + ["--quick"] * args.quick + ["--dry"] * args.dry
     command += ["--gpu-step", args.gpu] if args.gpu else []
     command += ["-k", args.only] if args.only else []
     status = subprocess.run(command, cwd=HERE.parent, env=environment).returncode

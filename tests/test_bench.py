@@ -1,5 +1,6 @@
 """The measurements measure: wrong results are flagged, rounds are interleaved, README says what was measured."""
 
+import copy
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, measure, providers, report
+from bench import cases, manage_cases, measure, mixed_cases, providers, report, report_mixed
 from bench.bench_lora import Measured, ReplayClock
 
 ROOT = Path(__file__).parents[1]
@@ -83,7 +84,7 @@ def test_a_step_of_the_gpu_campaign_runs_dry(tmp_path: Path) -> None:
 
 def test_every_step_has_its_cases() -> None:
     for step in cases.GPU_STEPS[1:]:
-        found = list(cases.gpu_ops(step))
+        found = [*cases.gpu_ops(step), *cases.gpu_mixed(step)]
         assert found and len(set(map(str, found))) == len(found)
     assert {case.M for case in cases.gpu_ops("forward-qkv")} >= {1, 16384}
 
@@ -168,14 +169,16 @@ def test_flops_and_bytes_of_a_case() -> None:
     assert case.bytes(True) - case.bytes(False) == 4 * 4 * 300
 
 
-def committed() -> dict[str, Any] | None:
-    path = report.RESULTS / "cpu.json"
+def committed(suite: str = "lora") -> dict[str, Any] | None:
+    path = report.RESULTS / f"{report.SUITES[suite]}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def test_readme_shows_the_committed_results_or_says_that_there_are_none() -> None:
+@pytest.mark.parametrize("suite", report.SUITES)
+def test_readme_shows_the_committed_results_or_says_that_there_are_none(suite: str) -> None:
     text = report.README.read_text()
-    assert report.with_table(text, report.readme_table(committed())) == text, "run `python -m bench report --readme`"
+    table = report.readme_table(committed(suite))
+    assert report.with_table(text, table, suite) == text, "run `python -m bench report --readme`"
 
 
 def test_committed_results_are_of_a_whole_run_and_right() -> None:
@@ -186,6 +189,17 @@ def test_committed_results_are_of_a_whole_run_and_right() -> None:
     rows = report.rows_of(result, "model")
     assert set(rows) == {case.name for case in cases.cpu_models(quick=False)}
     assert set(report.rows_of(result, "op")) == {str(case) for case in cases.cpu_ops(quick=False)}
+
+
+def test_committed_results_of_mixed_batches_are_of_a_whole_run_and_right() -> None:
+    result = committed("mixed")
+    if result is None:
+        return
+    assert not result["wrong"] and not result["peft_fast"]["quick"] and report.suite_of(result) == "mixed"
+    measured = {**report.rows_of(result, "mixed"), **report.rows_of(result, "flat")}
+    assert set(measured) == {str(case) for case in cases.cpu_mixed(quick=False)}
+    wanted = {f"{operation}-{case}" for operation in manage_cases.OPERATIONS for case in cases.cpu_manage(quick=False)}
+    assert set(report.rows_of(result, "manage")) == wanted
 
 
 def a_result(ratio: float = 1.2) -> dict[str, Any]:
@@ -213,7 +227,7 @@ def test_an_edited_table_is_noticed() -> None:
     edited = text.replace("1.20x", "1.02x")
     assert report.with_table(edited, table) != edited
     with pytest.raises(ValueError, match="bench:cpu"):
-        report.with_table(text.replace(report.END, ""), table)
+        report.with_table(text.replace("<!-- /bench:cpu -->", ""), table)
 
 
 def test_a_quick_run_does_not_get_into_the_readme() -> None:
@@ -229,3 +243,161 @@ def test_the_report_draws_and_prints_losses_beside_wins(tmp_path: Path) -> None:
     assert "worst median ratio 1.111 (train-bf16-dropout)" in report.side_by_side(result)
     drawn = report.draw(result, tmp_path, "cpu")
     assert [path.name for path in drawn] == ["cpu-model.png"] and drawn[0].stat().st_size > 5000
+
+
+# ------------------------------------------------------------------------------------------------- mixed batches
+QUICK = next(case for case in cases.cpu_mixed(quick=True) if case.group == "mixed")
+
+
+@pytest.fixture(scope="module")
+def loaded() -> mixed_cases.Loaded:
+    models = mixed_cases.Loaded(small=True)
+    models.bring(QUICK)
+    return models
+
+
+@pytest.fixture(scope="module")
+def mixed_with_one_wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A quick run in which peft_fast is given the names of the rows in reverse, and its set_adapter does nothing."""
+    folder = tmp_path_factory.mktemp("wrong_mix")
+    (folder / "spoil_mix.py").write_text(
+        "import peft_fast\n"
+        "from dataclasses import replace\n"
+        "from bench import mixed_cases\n"
+        "runner = mixed_cases.Loaded.runner\n"
+        "def spoiled(self, case, provider):\n"
+        "    if provider != 'peft_fast':\n"
+        "        return runner(self, case, provider)\n"
+        "    class Reversed(type(case)):\n"
+        "        names = case.names[::-1]\n"
+        "    return runner(self, Reversed(**vars(case)), provider)\n"
+        "mixed_cases.Loaded.runner = spoiled\n"
+        "peft_fast.PeftModel.set_adapter = lambda *args, **kwargs: None\n"
+    )
+    out = folder / "out.json"
+    ran = run_bench(
+        "run", "--suite", "mixed", "--quick", "--only", f"{QUICK} or as-number-2", "--out", str(out),
+        PYTHONPATH=f"{folder}{os.pathsep}{ROOT}", PYTEST_PLUGINS="spoil_mix",
+    )  # fmt: skip
+    return ran, out
+
+
+def test_a_batch_with_other_rows_adapters_is_flagged_and_never_timed(
+    mixed_with_one_wrong: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    ran, out = mixed_with_one_wrong
+    assert ran.returncode != 0, ran.stdout
+    result = json.loads(out.read_text())
+    assert {(row["group"], row["provider"]) for row in result["wrong"]} == {
+        ("mixed", "peft_fast"), ("manage", "peft_fast"),
+    }  # fmt: skip
+    timed = [
+        (b["extra_info"]["group"], b["extra_info"]["case"], b["extra_info"]["provider"]) for b in result["benchmarks"]
+    ]
+    assert {p for g, _, p in timed if g == "mixed"} == {"base", "peft", "peft_fast ids"}
+    managed = {f"{operation}-as-number-2" for operation in manage_cases.OPERATIONS}
+    assert {c for g, c, p in timed if g == "manage" and p == "peft"} == managed
+    assert {c for g, c, p in timed if g == "manage" and p == "peft_fast"} == managed - {"set_adapter-as-number-2"}
+    reported = run_bench("report", str(out), "--plots", str(tmp_path))
+    assert reported.returncode == 1, reported.stderr
+    assert re.search(r"peft_fast +WRONG", reported.stdout)
+
+
+@pytest.mark.parametrize("step, only", [("mixed", "o-M8"), ("mixed-model", "1of")])
+def test_the_gpu_steps_of_mixed_batches_run_dry(step: str, only: str, tmp_path: Path) -> None:
+    out = tmp_path / f"{step}.json"
+    ran = run_bench("run", "--gpu", step, "--dry", "--out", str(out), "--only", only)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = report.rows_of(json.loads(out.read_text()), "mixed site" if step == "mixed" else "decode")
+    assert rows and all(
+        {"base", "peft_fast" if step == "mixed" else "peft_fast ids"} <= set(row) for row in rows.values()
+    )
+
+
+@pytest.mark.parametrize("provider", mixed_cases.NAMES[1:])
+def test_one_row_with_anothers_adapter_is_wrong(provider: str, loaded: mixed_cases.Loaded) -> None:
+    exact = mixed_cases.by_row(loaded.exact(QUICK, lora=True))
+    plain = mixed_cases.by_row(loaded.runner(QUICK, "peft")(0))
+    out = mixed_cases.by_row(loaded.runner(QUICK, provider)(0))
+    assert measure.error_over_budget(out, plain, exact, norm=2)[1] <= 1
+    model = loaded.models["peft_fast"]
+    with torch.no_grad():
+        others = model(mixed_cases.token_ids(QUICK), adapter_names=[*QUICK.names[1:], QUICK.names[0]]).logits
+    for row in range(QUICK.rows - 1):
+        wrong = [*out[:row], others[row], *out[row + 1 :]]
+        assert measure.error_over_budget(wrong, plain, exact, norm=2)[1] > 1
+
+
+def test_the_rows_of_a_mixed_case_and_what_is_loaded() -> None:
+    assert cases.MixedCase(4, 1, 2, 9).names == ["a0", "a1", "a0", "a1"]
+    assert cases.MixedCase(4, 1, 2, 9, together=True).names == ["a0", "a0", "a1", "a1"]
+    for quick in (True, False):
+        found = list(cases.cpu_mixed(quick))
+        assert len(set(map(str, found))) == len(found)
+        for kind in {(case.dtype, case.adapters) for case in found}:
+            counts = [case.loaded for case in found if (case.dtype, case.adapters) == kind]
+            assert counts == sorted(counts), "adapters are only added: else models are made anew"
+
+
+def test_a_copied_adapter_of_peft_is_as_an_added_one(tmp_path: Path) -> None:
+    managed = manage_cases.Managed(tmp_path, small=True)
+    assert managed.wrong("peft") == managed.wrong("peft_fast") == {}
+    added, copied = managed.models["peft"], copy.deepcopy(managed.models["peft"])
+    added.add_adapter("a1", managed.configs["peft"])
+    manage_cases.copy_adapter(copied, "a0", "a1")
+
+    def seen(model: Any) -> Any:
+        modules = [(name, type(module)) for name, module in model.named_modules()]
+        weights = [(name, w.shape, w.dtype, w.requires_grad) for name, w in model.named_parameters()]
+        dicts = [
+            {key: dict(value) for key, value in vars(layer).items() if isinstance(value, dict) and key[0] != "_"}
+            for _, layer in mixed_cases.lora_sites(model)
+        ]
+        return modules, weights, dicts, set(model.peft_config), model.active_adapters
+
+    assert seen(added) == seen(copied)
+    managed.bring(cases.ManageCase(4, 1))
+    assert all(set(model.peft_config) == {"a0", "a1", "a2"} for model in managed.models.values())
+    assert set(managed.round("peft_fast")) == set(manage_cases.OPERATIONS)
+
+
+def a_mixed_result(ratio: float) -> dict[str, Any]:
+    """A result file of ``--suite mixed``, with peft at 6 times the base and peft_fast at ``ratio``, made up."""
+    benchmarks = []
+
+    def add(provider: str, over: float, **info: Any) -> None:
+        info |= {"provider": provider, "error": 0.01}
+        if provider != "base" and info["group"] != "manage":
+            info["ratio_to_base"] = {"median": over, "low": over, "high": over}
+        if provider.startswith("peft_fast"):
+            info["ratio_to_peft"] = {"median": over / 6.0, "low": 0.1, "high": 0.9}
+        benchmarks.append({"extra_info": info, "stats": {"median": 0.01 * over}})
+
+    for case in cases.cpu_mixed(quick=False):
+        for provider, over in (("base", 1.0), ("peft", 6.0), ("peft_fast", ratio), ("peft_fast ids", ratio)):
+            add(provider, over, group=case.group, case=str(case), loaded=case.loaded)
+    for manage in cases.cpu_manage(quick=False):
+        for operation in manage_cases.OPERATIONS:
+            for provider, over in (("peft", 6.0), ("peft_fast", ratio)):
+                name = f"{operation}-{manage}"
+                add(provider, over, group="manage", case=name, operation=operation, nth=manage.nth)
+    about = {**a_result()["peft_fast"], "suite": "mixed"}
+    return {"benchmarks": benchmarks, "wrong": [], "peft_fast": about}
+
+
+def test_the_report_says_which_targets_are_met(tmp_path: Path) -> None:
+    printed = report.side_by_side(a_mixed_result(1.5))
+    assert "met     mixed-32x1-32of32-fp32: 1.50 times the base, aim 2.0" in printed
+    assert "MISSED  mixed-32x1-1of32-fp32: 1.50 times the base, aim 1.4" in printed
+    assert "met     mixed-32x1-32of32-fp32: 4.00 times as fast as peft, must 3.0" in printed
+    assert "MISSED  mixed-8x1-1of100-fp32: 4.00 times as fast as peft, must 6.0" in printed
+    assert "peft_fast: from 4 to 100 loaded adapters, time over the base grows 1.00 times" in printed
+    table = report.readme_table(a_mixed_result(1.5))
+    assert "| 8 rows, 1 of 100 adapters, fp32 | 10.0 ms | 6.00x | 1.50x | 4.0 |" in table
+    assert "| load_adapter, peft / peft_fast | 60 / 15 ms (4x) |" in table
+    text = report.with_table(report.README.read_text(), table, "mixed")
+    assert report.with_table(text, table, "mixed") == text
+    assert set(report_mixed.CASES) == {str(case) for case in cases.cpu_mixed(quick=False)}
+    pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
+    drawn = report.draw(a_mixed_result(1.5), tmp_path, "cpu-mixed")
+    assert [path.name for path in drawn] == ["cpu-mixed-batches.png", "cpu-mixed-manage.png"]

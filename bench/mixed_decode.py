@@ -1,0 +1,176 @@
+"""A decode step end to end, for the GPU campaign: a random Llama of the 8B's sizes with up to 128 adapters.
+
+Every row has ``CONTEXT`` tokens of random keys and values behind it, and a call computes the next token at the same
+place again. The base's weights and the adapters are one set of tensors that all models share.
+"""
+
+import copy
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cases import MIXED_RANKS, MixedDecodeCase
+from .manage_cases import copy_adapter
+from .mixed_cases import add_updates, lora_sites
+from .providers import SCALING
+
+CONTEXT = 128
+NAMES = ("base", "base graph", "peft", "peft_fast", "peft_fast ids", "peft_fast ids graph")
+
+
+class Decoder:
+    """The models. tiny: a hundredth of the size and a few adapters, to try the script on a CPU."""
+
+    def __init__(self, device: torch.device, tiny: bool) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        self.device, self.tiny, self.count = device, tiny, 0
+        self.layers = 2 if tiny else 32
+        sizes: dict[str, int] = dict(
+            hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+        )
+        if tiny:
+            sizes |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=256)
+            sizes |= dict(num_key_value_heads=2)
+        self.config = LlamaConfig(num_hidden_layers=self.layers, max_position_embeddings=1024, **sizes)
+        torch.manual_seed(0)
+        with torch.device(device):
+            dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                self.base = LlamaForCausalLM(self.config).requires_grad_(False).eval()
+            finally:
+                torch.set_default_dtype(dtype)
+        self.models: dict[str, Any] = {"base": self.base}
+
+    @property
+    def providers(self) -> list[str]:
+        """Graphs on a GPU only."""
+        return [name for name in NAMES if self.device.type == "cuda" or not name.endswith("graph")]
+
+    def bring(self, case: MixedDecodeCase) -> None:
+        """Have ``case.loaded`` adapters; peft's are copies of its first, since its add_adapter takes ever longer."""
+        generator = torch.Generator(self.device).manual_seed(self.count)
+        while self.count < case.loaded:
+            rank, name = MIXED_RANKS[self.count % len(MIXED_RANKS)], f"a{self.count}"
+            for which in ("peft", "peft_fast"):
+                library = importlib.import_module(which)
+                config = library.LoraConfig(
+                    r=rank, lora_alpha=rank * SCALING, target_modules="all-linear", task_type="CAUSAL_LM"
+                )
+                meta = dict(low_cpu_mem_usage=True, autocast_adapter_dtype=False)
+                if which not in self.models:
+                    # a copy of the modules around the same parameters
+                    base = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
+                    self.models[which] = library.get_peft_model(base, config, adapter_name=name, **meta).eval()
+                elif which == "peft":
+                    copy_adapter(self.models[which], "a0", name)
+                else:
+                    self.models[which].add_adapter(name, config, **meta)
+            ours = dict(lora_sites(self.models["peft_fast"]))
+            for site, layer in lora_sites(self.models["peft"]):
+                N, K = layer.base_layer.weight.shape
+                for part, shape in (("lora_A", (rank, K)), ("lora_B", (N, rank))):
+                    weight = torch.randn(*shape, generator=generator, device=self.device) * 0.02
+                    shared = nn.Parameter(weight.bfloat16(), requires_grad=False)
+                    getattr(layer, part)[name].weight = shared
+                    getattr(ours[site], part)[name].weight = shared
+            self.count += 1
+
+    def runner(self, provider: str, case: MixedDecodeCase) -> Callable[[int], Tensor]:
+        """The function to time: logits (rows, vocabulary) of the next token."""
+        which = provider.split()[0]
+        given: dict[str, Any] = {}
+        if "ids" in provider:
+            given["adapter_ids"] = self.models[which].adapter_slots(case.names)
+        elif which != "base":
+            given["adapter_names"] = case.names
+        step = self._step(self.models[which], case, given, torch.bfloat16)
+        return _captured(step) if provider.endswith("graph") else step
+
+    def _step(
+        self, model: Any, case: MixedDecodeCase, given: dict[str, Any], dtype: torch.dtype
+    ) -> Callable[[int], Tensor]:
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self.config, max_cache_len=CONTEXT + 1)
+        heads, size = self.config.num_key_value_heads, self.config.hidden_size // self.config.num_attention_heads
+        generator = torch.Generator(self.device).manual_seed(1)
+        for layer in cache.layers:
+            past = torch.randn(2, case.rows, heads, CONTEXT, size, generator=generator, device=self.device).bfloat16()
+            layer.update(past[0].to(dtype), past[1].to(dtype))
+        lengths = [layer.cumulative_length for layer in cache.layers]
+        starts = [length.clone() for length in lengths]
+        ids = torch.randint(0, self.config.vocab_size, (case.rows, 1), generator=generator, device=self.device)
+        position = torch.full((case.rows, 1), CONTEXT, device=self.device)
+        mask = torch.ones(case.rows, 1, 1, CONTEXT + 1, dtype=torch.bool, device=self.device)
+        given = {**given, "input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
+
+        @torch.no_grad()
+        def step(i: int) -> Tensor:
+            torch._foreach_copy_(lengths, starts)  # the cache counts on by itself
+            logits: Tensor = model(**given).logits[:, -1]
+            return logits
+
+        return step
+
+    def release(self, case: MixedDecodeCase) -> None:
+        """Give back the slot ids that the runners took."""
+        bank = self.models["peft_fast"].adapter_bank
+        for provider in self.providers:
+            if "ids" in provider:
+                self.models["peft_fast"].release_slots([bank.slot_of(name) for name in case.names])
+
+    def exact(self, case: MixedDecodeCase, lora: bool) -> Tensor:
+        """Logits in fp64 by the formula; one decoder layer at a time is in fp64, for all would not fit."""
+        model = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(case.names):
+            rows.setdefault(name, []).append(row)
+        sites = dict(lora_sites(self.models["peft"])) if lora else {}
+        inner = model.model
+        inner.layers = nn.ModuleList(
+            _InDouble(layer, {s.removeprefix(f"model.layers.{i}."): site for s, site in sites.items()
+                              if s.startswith(f"model.layers.{i}.")}, rows)
+            for i, layer in enumerate(inner.layers)
+        )  # fmt: skip
+        inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb = (
+            copy.deepcopy(part).double() for part in (inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb)
+        )
+        return self._step(model, case, {}, torch.float64)(0)
+
+
+class _InDouble(nn.Module):
+    """A decoder layer that is in fp64 while it runs, with the updates of the rows' adapters by the formula."""
+
+    def __init__(self, layer: nn.Module, sites: dict[str, Any], rows: dict[str, list[int]]) -> None:
+        super().__init__()
+        self.layer, self.sites, self.rows = layer, sites, rows
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        layer = copy.deepcopy(self.layer).double()
+        for name, site in self.sites.items():
+            layer.get_submodule(name).register_forward_hook(partial(add_updates, site, self.rows))
+        return layer(*args, **kwargs)
+
+
+def _captured(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+    """A CUDA graph of a step; a call replays it and returns the tensor that it writes to."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for i in range(3):
+            step(i)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = step(0)
+
+    def replay(i: int) -> Tensor:
+        graph.replay()
+        return logits
+
+    return replay
