@@ -12,12 +12,12 @@ for longest make room: in the tables when all slots are taken, in memory when th
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .adapter_record import AdapterRecord, BankStats
 from .ops.functional import MixedSite
 from .routing import BASE
 from .slot_tables import SlotTables
@@ -25,53 +25,7 @@ from .slot_tables import SlotTables
 __all__ = ["AdapterBank", "BankStats"]
 
 _DEFAULT_MAX_RANK = 64
-
-
-class BankStats(NamedTuple):
-    """Counts since the bank was made, and what it holds now.
-
-    hits: uses of an adapter that was ready. loads: registered adapters read, and adapters given a slot.
-    evictions: slots taken away, and adapters dropped from memory. slots_used of slots, loaded and registered: adapters.
-    bytes_served: of the weights that the tables point at. bytes_copied: the part of it that is a second copy.
-    """
-
-    hits: int
-    loads: int
-    evictions: int
-    slots: int
-    slots_used: int
-    loaded: int
-    registered: int
-    bytes_served: int
-    bytes_copied: int
-
-
-@dataclass
-class _Adapter:
-    """The bank's record of one adapter."""
-
-    source: Any = None  # registered: read from here when needed
-    users: list[int] = field(default_factory=list)  # a thread's id for each call that uses it now
-    handed_out: int = 0  # ids given to a caller and not released
-    pinned: bool = False
-    closed: int = 0  # how many are about to delete, read or write it: new calls wait
-    tick: int = 0  # of the last use
-    slot: int | None = None
-    served: list[Tensor] = field(default_factory=list)  # what the tables point at, kept alive
-    blocks: dict[Any, Tensor] = field(default_factory=dict)  # the copies, by device and dtype
-    kept: Any = None  # see `AdapterBank.kept`
-    retired: list[Tensor] = field(default_factory=list)  # served before, and perhaps still read by calls that run
-    seen: list[Any] = field(default_factory=list)  # addresses, versions, scalings when the tables were written
-    events: dict[int, Any] = field(default_factory=dict)  # last use by stream, on CUDA
-
-    @property
-    def copied(self) -> int:
-        """Bytes that are in memory a second time for its sake."""
-        return sum(block.nbytes for block in self.blocks.values()) + (self.kept.copied if self.kept else 0)
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.users) or self.handed_out > 0
+_NONE: set[str] = set()
 
 
 class AdapterBank:
@@ -81,7 +35,7 @@ class AdapterBank:
 
     Args:
         tuner: has `peft_config` (adapter name -> config) and `mixed_layers()`, whose items have
-            `mixed_entry(name) -> (a, b, scaling) | None`, `mixed_dtype` and `mixed_device`.
+            `mixed_entry(name) -> (a, b, scaling) | None`, `mixed_has(name)`, `mixed_dtype` and `mixed_device`.
     Attributes: max_loaded: registered adapters kept in memory. load: reads a source into the model as an adapter of a
         name. changing: a lock, held while adapters are added, loaded or deleted.
     """
@@ -93,8 +47,9 @@ class AdapterBank:
         self._tables = SlotTables(capacity, _DEFAULT_MAX_RANK)
         self.changing = threading.RLock()  # held while adapters are added, loaded or deleted
         self._free = threading.Condition(threading.RLock())  # guards everything below; notified when a use ends
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, AdapterRecord] = {}
         self._slots: list[str | None] = [None] * capacity
+        self._odd: dict[int, set[str]] = {}
         self._tick = self._hits = self._loads = self._evictions = 0
         self.scan()
 
@@ -127,7 +82,7 @@ class AdapterBank:
         with self._free:
             if name == BASE or name in self._adapters or name in self._tuner.peft_config:
                 raise ValueError(f"Adapter with name '{name}' already exists.")
-            self._adapters[name] = _Adapter(source=source)
+            self._adapters[name] = AdapterRecord(source=source)
 
     def unregister(self, name: str) -> None:
         """Forget a registered adapter, in memory or not. Raises: ValueError if it is not registered; as `leave`."""
@@ -210,7 +165,7 @@ class AdapterBank:
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
 
-    def _hold(self, names: Sequence[str], user: int) -> list[_Adapter]:
+    def _hold(self, names: Sequence[str], user: int) -> list[AdapterRecord]:
         """Hold all of them or none; nothing is held while one is read, since a deletion may be waiting for it."""
         while True:
             self._check_known(names)
@@ -218,7 +173,7 @@ class AdapterBank:
                 if name not in self._tuner.peft_config:
                     self._read(name, names)
             with self._free:
-                records = [self._adapters.setdefault(name, _Adapter()) for name in names]
+                records = [self._adapters.setdefault(name, AdapterRecord()) for name in names]
                 # one that this thread holds already, in a call around this one, is waited for by who closed it
                 closed = [record for record in records if record.closed and user not in record.users]
                 if closed:
@@ -276,7 +231,7 @@ class AdapterBank:
         Raises: RuntimeError if this thread's own call uses it.
         """
         with self._free:
-            record = self._adapters.setdefault(name, _Adapter())
+            record = self._adapters.setdefault(name, AdapterRecord())
             if threading.get_ident() in record.users:
                 raise RuntimeError(f"Adapter {name} is used by the call that is running in this thread")
             record.closed += 1
@@ -350,6 +305,14 @@ class AdapterBank:
         record = self._adapters.get(name)
         return None if record is None else record.slot
 
+    def names_with_slots(self) -> list[str]:
+        """The adapters that a slot id can mean now."""
+        return [name for name in self._slots if name is not None]
+
+    def odd_at(self, site: int) -> set[str]:
+        """The adapters with a slot that have to run as modules at a site, since the tables cannot hold them."""
+        return self._odd.get(site, _NONE)
+
     def names_of(self, ids: Sequence[int]) -> list[str]:
         """Adapter of each slot id, `BASE` for ids that have none."""
         slots = self._slots
@@ -369,7 +332,7 @@ class AdapterBank:
         with self._free:
             for record in self._adapters.values():
                 record.seen, record.kept = [], None
-            for name in [name for name in self._slots if name is not None]:
+            for name in self.names_with_slots():
                 self._slot(name)
 
     def check_handed_out(self) -> None:
@@ -394,13 +357,18 @@ class AdapterBank:
         else:
             slot = record.slot
             self._tables.synchronize()  # the device may still read what the tables point at now
+        for site, (layer, entry) in enumerate(zip(self.layers, entries, strict=True)):
+            if entry is None and layer.mixed_has(name):
+                self._odd.setdefault(site, set()).add(name)
+            elif site in self._odd:
+                self._odd[site].discard(name)
         served = self._tables.write(slot, entries, record.blocks)
         if record.busy and [t.data_ptr() for t in served] != [t.data_ptr() for t in record.served]:
             record.retired += record.served
         record.served, record.seen = served, seen
         return slot
 
-    def _assign(self, name: str, record: _Adapter) -> int:
+    def _assign(self, name: str, record: AdapterRecord) -> int:
         if None not in self._slots:
             idle = [r for r in self._adapters.values() if r.slot is not None and not r.busy and not r.pinned]
             if not idle:
@@ -414,10 +382,12 @@ class AdapterBank:
         self._slots[record.slot] = name
         return record.slot
 
-    def _take_slot(self, record: _Adapter) -> None:
+    def _take_slot(self, record: AdapterRecord) -> None:
         """Free an adapter's slot once the device has finished with it; until another has it, it means no adapter."""
-        _wait_for(record)
+        record.wait_for_device()
         if record.slot is not None:
+            for names in self._odd.values():
+                names.discard(self._slots[record.slot] or "")
             self._tables.clear(record.slot)
             self._slots[record.slot] = None
         record.slot, record.served, record.blocks, record.seen = None, [], {}, []
@@ -479,7 +449,7 @@ class AdapterBank:
         self._slots = [None] * capacity
         self._tables.renew(capacity)
 
-    def _record_events(self, records: Iterable[_Adapter]) -> None:
+    def _record_events(self, records: Iterable[AdapterRecord]) -> None:
         for device in self._tables.devices:
             if not torch.cuda.is_current_stream_capturing():
                 stream = torch.cuda.current_stream(device)
@@ -490,9 +460,3 @@ class AdapterBank:
 
 def _seen(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.shape, 0 if tensor.is_inference() else tensor._version
-
-
-def _wait_for(record: _Adapter) -> None:
-    for event in record.events.values():
-        event.synchronize()
-    record.events = {}

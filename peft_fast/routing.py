@@ -12,7 +12,7 @@ prompts in place).
 import itertools
 import math
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -165,12 +165,10 @@ class MixedBatch:
             return False
         return self._names is not None or not self._slots.is_cuda  # type: ignore[union-attr]
 
-    def candidates(self, present: Iterable[str]) -> list[str]:
+    def candidates(self, present: Container[str]) -> list[str]:
         """Which of a module's adapters have to run: those in use, or, where only the device knows, all with a slot."""
-        if self._host_knows():
-            used = set(self.names)
-            return [name for name in present if name in used]
-        return [name for name in present if self.bank.slot_of(name) is not None]
+        names = dict.fromkeys(self.names) if self._host_knows() else self.bank.names_with_slots()
+        return [name for name in names if name in present]
 
     def mask(self, name: str, count: int, device: torch.device) -> Tensor:
         """(count,) bool: which rows of a module's output belong to an adapter."""

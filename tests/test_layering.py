@@ -15,7 +15,8 @@ LAYERS = (
     ("auto", "mapping", "mapping_func", "peft_model", "mixed_model", "model_card", "status", "helpers", "functional"),
     ("utils.save_and_load", "utils.load_directory", "utils.initial_adapter", "utils._survey"),
     ("tuners", "attention"),
-    ("config", "utils", "adapter_bank", "slot_tables", "routing", "checkpoint"),  # utils: the rest of it
+    # utils: the rest of it
+    ("config", "utils", "adapter_bank", "adapter_record", "slot_tables", "routing", "checkpoint"),
     ("ops.functional",),
     ("quant",),
     ("ops",),

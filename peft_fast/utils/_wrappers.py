@@ -124,7 +124,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         batch = current() if names is None else None if self._disable_adapters else MixedBatch(names)
         if batch is None:
             return self._active_module()(*args, **kwargs)
-        modules = {name: self._module_of(name) for name in batch.candidates(sorted(self._adapters))}
+        modules = {name: self._module_of(name) for name in batch.candidates(self._adapters)}
         outputs = {name: module(*args, **kwargs) for name, module in modules.items() if module is not None}
         return batch.select(outputs, self.original_module(*args, **kwargs))
 

@@ -108,6 +108,10 @@ class LoraLayer(BaseTunerLayer):
         """A, B and scaling of an adapter as the bank's tables have them; None if it is not here or is not plain."""
         return None
 
+    def mixed_has(self, name: str) -> bool:
+        """Whether the adapter is here at all."""
+        return name in self.lora_A or name in self.lora_embedding_A
+
     @property
     def mixed_dtype(self) -> torch.dtype:
         """dtype of all adapters in the bank's tables for this layer: the base weight's, or what it computes in."""

@@ -8,6 +8,7 @@ modules, other modules than linear layers, a bias of its own) runs as the module
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import is_
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +43,7 @@ def linear(layer: Linear, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: An
     else:
         result = layer.base_layer(x, *args, **kwargs)
         result = lora_update_mixed(result, x.to(result.dtype), site, plan, implementation=how)
-    odd = [name for name in adapters if layer.mixed_entry(name) is None]
-    return _with_odd(layer, batch, x, result, odd)
+    return _with_odd(layer, batch, x, result, batch.bank.odd_at(layer.mixed_site))
 
 
 def _linear_on_host(layer: Linear, batch: MixedBatch, x: Tensor, result: Tensor, fresh: bool, rows: int) -> Tensor:
@@ -140,9 +140,9 @@ class HostAdapter:
         return True
 
 
-def _with_odd(layer: Any, batch: MixedBatch, x: Tensor, result: Tensor, names: list[str]) -> Tensor:
+def _with_odd(layer: Any, batch: MixedBatch, x: Tensor, result: Tensor, odd: Collection[str]) -> Tensor:
     """`result` with the adapters that have to run as modules: on all rows, of which theirs are taken."""
-    names = batch.candidates(names)
+    names = batch.candidates(odd) if odd else ()
     outputs = {name: result + layer._low_rank(x, name) for name in names}
     return batch.select(outputs, result) if outputs else result
 
@@ -179,4 +179,4 @@ def embedding(layer: Embedding, batch: MixedBatch, ids: Tensor, *args: Any, **kw
 def convolution(layer: Any, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """A convolution's output for x (rows, channels, ...). Raises: as `linear`."""
     result: Tensor = layer.base_layer(x, *args, **kwargs)
-    return _with_odd(layer, batch, x, result, list(layer.lora_A))
+    return _with_odd(layer, batch, x, result, layer.lora_A._modules)
