@@ -155,7 +155,7 @@ def test_changes_to_other_adapters_do_not_disturb(model: Any, tmp_path: Path, gr
     finally:
         stop.set()
     for calls, right in [worker.value() for worker in workers]:
-        assert right == calls > 5
+        assert right == calls > 1  # how many there is time for is the machine's affair
     assert set(model.peft_config) == set("abc")
 
 
