@@ -241,6 +241,14 @@ def use(batch: MixedBatch | None) -> Iterator[None]:
         _STATE.batch = before
 
 
+def wrong_length(given: int, rows: int) -> ValueError:
+    """PEFT's error for another number of names than of rows."""
+    return ValueError(
+        "Length of `adapter_names` should be the same as the number of inputs, but got "
+        f"{given} and {rows} respectively."
+    )
+
+
 def sequence_lengths(position_ids: Tensor) -> list[int]:
     """Lengths of the sequences packed into one row, whose (1, T) positions start anew at each. Waits for a GPU."""
     positions = position_ids.reshape(-1).tolist()

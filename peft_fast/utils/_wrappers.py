@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..routing import MixedBatch, current
+from ..routing import MixedBatch, current, wrong_length
 
 _CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
@@ -117,10 +117,7 @@ class AuxiliaryTrainingWrapper(nn.Module):
         """
         names = kwargs.pop("adapter_names", None)
         if names is not None and args and len(args[0]) != len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(args[0])} respectively."
-            )
+            raise wrong_length(len(names), len(args[0]))
         batch = current() if names is None else None if self._disable_adapters else MixedBatch(names)
         if batch is None:
             return self._active_module()(*args, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...routing import MixedBatch, current
+from ...routing import MixedBatch, current, wrong_length
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
 
@@ -128,10 +128,7 @@ class LoraLayer(BaseTunerLayer):
         """Raises: ValueError for adapter_names of another length than x's, or with merged adapters; as PEFT."""
         names = kwargs.get("adapter_names")
         if names is not None and len(x) != len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(x)} respectively."
-            )
+            raise wrong_length(len(names), len(x))
         if names is not None:
             check_not_merged([self])
 

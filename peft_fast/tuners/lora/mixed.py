@@ -1,9 +1,9 @@
 """How LoRA layers run a mixed batch: every row its own adapter, or none.
 
-On a device (`..._on_device`) one operator per site looks the adapters up in the bank's tables; nothing here depends on
-which they are. On the host, which is where CPU tensors are and where gradients can flow, the rows of each adapter are
-neighbours (`MixedBatch.groups`) and the products are made on views of them. An adapter that is not plain (hooks on its
-modules, other modules than linear layers, a bias of its own) runs as the modules it is, and its rows are selected.
+On a device one operator per site looks the adapters up in the bank's tables; nothing here depends on which they are. On
+the host, which is where CPU tensors are and where gradients can flow, the rows of each adapter are neighbours
+(`MixedBatch.groups`) and the products are made on views of them. An adapter that is not plain (hooks on its modules,
+other modules than linear layers, a bias of its own) runs as the modules it is, and its rows are selected.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_bank import AdapterBank
-from ...routing import MixedBatch, current, sequence_lengths, use
+from ...routing import MixedBatch, current, sequence_lengths, use, wrong_length
 from ...utils.other import as_names
 from .._adapters import tuner_layers
 from .base import LoraLayer, check_not_merged
@@ -182,18 +182,11 @@ def _number_of_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
     return None
 
 
-def _wrong_length(given: int, rows: int) -> ValueError:
-    return ValueError(
-        "Length of `adapter_names` should be the same as the number of inputs, but got "
-        f"{given} and {rows} respectively."
-    )
-
-
 def _names_of_tokens(names: Sequence[str], rows: int, kwargs: dict[str, Any]) -> list[str]:
     """A name for each token of one row that holds as many packed sequences as there are names."""
     ends = next((kwargs[key] for key in _SEQUENCES if kwargs.get(key) is not None), None)
     if rows != 1 or (ends is None and kwargs.get("position_ids") is None):
-        raise _wrong_length(len(names), rows)
+        raise wrong_length(len(names), rows)
     lengths = ends.diff().tolist() if ends is not None else sequence_lengths(kwargs["position_ids"])
     if len(lengths) != len(names):
         raise ValueError(f"One row of {len(lengths)} packed sequences needs a name for each, got {len(names)}")
@@ -205,7 +198,7 @@ def _ids_of_tokens(ids: Tensor, rows: int, kwargs: dict[str, Any]) -> Tensor:
     ends = next((kwargs[key] for key in _SEQUENCES if kwargs.get(key) is not None), None)
     positions = kwargs.get("position_ids")
     if rows != 1 or (ends is None and positions is None):
-        raise _wrong_length(ids.shape[0], rows)
+        raise wrong_length(ids.shape[0], rows)
     if ends is not None:
         tokens = next(v for v in (kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if v is not None).shape[1]
         sequence = torch.searchsorted(ends, torch.arange(tokens, device=ends.device, dtype=ends.dtype), right=True) - 1
