@@ -52,6 +52,15 @@ def draw_bytes(row_key, low, high, threshold, offs_byte, K):
 
 
 @triton.jit
+def draw_words(row_key, low, high, pairs):
+    """Two 16-bit draws for each row and pair of columns, those of draw_bytes; row_key and pairs broadcast."""
+    col_key = _mix(_mix(pairs.to(tl.uint32) + 0x9E3779B9 + high) ^ low)
+    word = (row_key ^ col_key) * 0x7FEB352D
+    word = (word ^ (word >> 15)) * 0x846CA68B
+    return word ^ (word >> 16)
+
+
+@triton.jit
 def expand_bits(byte, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """(BLOCK_M, BLOCK_K / 8) bytes as a (BLOCK_M, BLOCK_K) mask."""
     bit = (byte.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1

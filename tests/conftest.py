@@ -31,5 +31,6 @@ def _same_random_numbers() -> None:
 
 @pytest.fixture(autouse=True)
 def _no_forced_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A developer's PEFT_FAST_LORA must not decide what the tests test."""
+    """A developer's PEFT_FAST_LORA or PEFT_FAST_PREFIX must not decide what the tests test."""
     monkeypatch.delenv("PEFT_FAST_LORA", raising=False)
+    monkeypatch.delenv("PEFT_FAST_PREFIX", raising=False)

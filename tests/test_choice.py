@@ -140,8 +140,9 @@ def test_an_unknown_name_lists_the_names(monkeypatch):
 def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
     rows = choice.describe()
     assert {"cpu, 4096x4096 bf16 r16, one token"} <= {row.situation for row in rows}
-    assert {row.op for row in rows} == {"lora_linear", "lora_mixed"} and all(row.reason for row in rows)
-    assert f"{rows[0]}".startswith("lora_linear  cpu, 4096x4096 bf16 r16, one token")
+    assert {row.op for row in rows} == {"lora_linear", "lora_mixed", "prefix_attention"}
+    assert all(row.reason for row in rows)
+    assert f"{rows[0]}".startswith("lora_linear      cpu, 4096x4096 bf16 r16, one token")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PEFT_FAST_LORA", "split")
     assert choice.describe()[0].choice == "an error"

@@ -12,7 +12,11 @@ A batch that mixes adapters ("lora_mixed") takes plain torch on a CPU only: on a
                 safe path on a GPU
     one_launch, split   as above; one_launch for at most ``MIXED_ONE_LAUNCH_MAX_M`` rows
 
-A kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says that it wins:
+Attention with a learned prefix ("prefix_attention") takes its kernel on every GPU that has one for the call ("kernel"):
+plain torch has no path there that leaves the prefix shared. Its variable is PEFT_FAST_PREFIX.
+
+For the others a kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says that it
+wins:
 
     {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gpu", "torch", "triton", "date", "commit"}
 
@@ -31,10 +35,13 @@ import torch
 
 IMPLEMENTATIONS = ("auto", "torch", "addmm", "one_launch", "split", "peft")
 MIXED_IMPLEMENTATIONS = ("auto", "torch", "grouped", "one_launch", "split")
+PREFIX_IMPLEMENTATIONS = ("auto", "torch", "kernel")
 VARIABLE = "PEFT_FAST_LORA"
+PREFIX_VARIABLE = "PEFT_FAST_PREFIX"
 ONE_LAUNCH_MAX_RANK = 128  # s of a program's rows stays in registers
 ONE_LAUNCH_MAX_MR = 16384  # every program computes s: beyond this, that costs more than a second launch
 MIXED_ONE_LAUNCH_MAX_M = 64  # every program holds all rows of x
+PREFIX_MAX_HEAD_DIM = 128  # a program holds whole rows of q, k and v
 _KERNELS = ("addmm", "one_launch", "split", "grouped")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -55,7 +62,7 @@ class Situation(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.op:<12} {self.situation:<48} {self.choice:<11} {self.reason}"
+        return f"{self.op:<16} {self.situation:<48} {self.choice:<11} {self.reason}"
 
 
 def requested(op: str, implementation: str | None, names: tuple[str, ...] = IMPLEMENTATIONS) -> str:
@@ -134,6 +141,48 @@ def choose_mixed(
     return Choice("grouped", f"no measured entry for {where}; the vendor's base GEMM")
 
 
+def choose_prefix(device: torch.device, dtype: torch.dtype, D: int, implementation: str | None = None) -> Choice:
+    """Return the implementation of "prefix_attention" for heads of D elements.
+
+    Raises: ValueError on an unknown name, or when "kernel" is forced beyond its bound; RuntimeError when it cannot run
+        on ``device``; TypeError when it has no version for ``dtype``.
+    """
+    op = "prefix_attention"
+    name = implementation or os.environ.get(PREFIX_VARIABLE) or "auto"
+    if name not in PREFIX_IMPLEMENTATIONS:
+        raise ValueError(f"{op}: implementation must be one of {PREFIX_IMPLEMENTATIONS}, got {name!r}")
+    if name == "auto":
+        if device.type != "cuda":
+            return Choice("torch", f"{device.type} tensors take plain torch")
+        if dtype not in _KERNEL_DTYPES:
+            return Choice("torch", f"no kernels for {_name(dtype)}")
+        if not has_triton():
+            return Choice("torch", "triton is not installed")
+        if D > PREFIX_MAX_HEAD_DIM:
+            return Choice("torch", f"no kernels for heads of {D} elements, only up to {PREFIX_MAX_HEAD_DIM}")
+        if not _is_checked(device):
+            return Choice("torch", f"kernels are checked for compute capability 9.0 only, and this is {_gpu(device)}")
+        return Choice("kernel", "reads a prefix once for all rows that share it")
+    if name == "kernel":
+        _check_runs(op, name, PREFIX_VARIABLE, ", or force 'torch'", device, dtype)
+        if device.type == "cuda" and not _is_checked(device):
+            raise RuntimeError(
+                f"{op}: implementation 'kernel' is checked for compute capability 9.0 only, and {device} is a "
+                f"{_gpu(device)}: leave the argument implementation= (or {PREFIX_VARIABLE}) at 'auto', or force 'torch'"
+            )
+        if D > PREFIX_MAX_HEAD_DIM:
+            raise ValueError(
+                f"{op}: implementation 'kernel' is for heads of at most {PREFIX_MAX_HEAD_DIM} elements, got {D}: "
+                f"leave the argument implementation= (or {PREFIX_VARIABLE}) at 'auto', or force 'torch'"
+            )
+    return Choice(name, "forced by the argument" if implementation else f"forced by {PREFIX_VARIABLE}")
+
+
+def _is_checked(device: torch.device) -> bool:
+    """Whether the kernels of prefix attention were compiled ahead of time for this GPU (attention_tile.CHECKED)."""
+    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def describe() -> list[Situation]:
     """What ``choose`` answers in typical situations on this machine's devices, for ``peft-fast info``."""
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -153,20 +202,18 @@ def describe() -> list[Situation]:
             except (RuntimeError, ValueError, TypeError) as error:
                 choice = Choice("an error", str(error))
             rows.append(Situation(op, f"{where}, 4096x4096 bf16 r16, {what}", *choice))
+        try:
+            choice = choose_prefix(device, torch.bfloat16, 128)
+        except (RuntimeError, ValueError, TypeError) as error:
+            choice = Choice("an error", str(error))
+        rows.append(Situation("prefix_attention", f"{where}, bf16, heads of 128", *choice))
     return rows
 
 
 def _check_forced(op: str, name: str, device: torch.device, dtype: torch.dtype, M: int, R: int) -> None:
     forced = f"{op}: implementation {name!r}"
-    instead = f"leave the argument implementation= (or {VARIABLE}) at 'auto'"
-    if op != "lora_mixed":
-        instead += ", or force 'torch'"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise RuntimeError(f"{forced} is a GPU kernel and x is on {device}: move x to a GPU; or {instead}")
-    if not has_triton():
-        raise RuntimeError(f"{forced} needs triton, which is not installed: pip install triton; or {instead}")
-    if dtype not in _KERNEL_DTYPES:
-        raise TypeError(f"{forced} has no kernel for {_name(dtype)}, only for fp16, bf16 and fp32; {instead}")
+    other = "" if op == "lora_mixed" else ", or force 'torch'"
+    instead = _check_runs(op, name, VARIABLE, other, device, dtype)
     if op == "lora_mixed":
         if name == "one_launch" and (M > MIXED_ONE_LAUNCH_MAX_M or R > ONE_LAUNCH_MAX_RANK):
             raise ValueError(
@@ -178,6 +225,19 @@ def _check_forced(op: str, name: str, device: torch.device, dtype: torch.dtype, 
             f"{forced} is for R <= {ONE_LAUNCH_MAX_RANK} and M * R <= {ONE_LAUNCH_MAX_MR}, "
             f"got M = {M} and R = {R}: force 'split', or {instead}"
         )
+
+
+def _check_runs(op: str, name: str, variable: str, other: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Raise where no kernel can run; return what a caller can do instead of forcing it, for other complaints."""
+    forced = f"{op}: implementation {name!r}"
+    instead = f"leave the argument implementation= (or {variable}) at 'auto'{other}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError(f"{forced} is a GPU kernel and x is on {device}: move x to a GPU; or {instead}")
+    if not has_triton():
+        raise RuntimeError(f"{forced} needs triton, which is not installed: pip install triton; or {instead}")
+    if dtype not in _KERNEL_DTYPES:
+        raise TypeError(f"{forced} has no kernel for {_name(dtype)}, only for fp16, bf16 and fp32; {instead}")
+    return instead
 
 
 @functools.lru_cache(maxsize=4096)

@@ -2,7 +2,8 @@
 
 ``y = x @ w.T + bias + scaling * dropout(x) @ a.T @ b.T`` for a base that is understood (``lora_linear``) or for the
 output of one that is not (``lora_update``). The same for a batch in which every row has its own adapter
-(``lora_linear_mixed``, ``lora_update_mixed``, ``lora_embedding_mixed``).
+(``lora_linear_mixed``, ``lora_update_mixed``, ``lora_embedding_mixed``). Attention with a learned prefix
+(``prefix_attention``, whose body is in prefix_functional.py).
 """
 
 from collections.abc import Sequence
@@ -13,16 +14,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, requested
+from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, PREFIX_IMPLEMENTATIONS, requested
 from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 from .lora_mixed import embedding_mixed, linear_mixed, update_mixed
 from .mixed_plan import MixedPlan, MixedSite, mixed_plan
+from .prefix_functional import prefix_attention
 
 __all__ = [
-    "IMPLEMENTATIONS", "MIXED_IMPLEMENTATIONS", "LoraSite", "MixedPlan", "MixedSite", "lora_embedding_mixed",
-    "lora_linear", "lora_linear_group", "lora_linear_mixed", "lora_update", "lora_update_mixed", "mixed_plan",
-    "new_seed",
+    "IMPLEMENTATIONS", "MIXED_IMPLEMENTATIONS", "PREFIX_IMPLEMENTATIONS", "LoraSite", "MixedPlan", "MixedSite",
+    "lora_embedding_mixed", "lora_linear", "lora_linear_group", "lora_linear_mixed", "lora_update",
+    "lora_update_mixed", "mixed_plan", "new_seed", "prefix_attention",
 ]  # fmt: skip
 
 _lora_linear: Any = LoraLinear.apply

@@ -1,0 +1,144 @@
+"""Attention with a learned prefix as a second source of keys and values: out = softmax([q @ Kp.T | q @ k.T]) @ [Vp; v].
+
+    q (B, Hq, L, D)    k, v (B, Hkv, S, D)    prefix_k, prefix_v (T, Hkv, D), row b: starts[b] .. starts[b] + lengths[b]
+    out (B, L, Hq, D)    lse (B, Hq, L) fp32, the log of the sum of exp of all scores: prefix, ordinary keys, sink
+
+One online softmax runs over the tiles of the row's prefix and then over the ordinary keys: the prefix is neither
+concatenated nor expanded over the batch. A few queries per row do not fill a GPU that way: prefix_decode.py. Starts,
+lengths, past and masks are read on the device: a captured graph may be replayed with others.
+Products are summed in fp32; fp32 products are exact ones (no tf32).
+Traffic: q and out, and per tile of BLOCK_M queries the keys in reach and the prefix (from L2).
+Dao 2023, arXiv:2307.08691; Li & Liang 2021, arXiv:2101.00190.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .aot import AotCase
+from .attention_softmax import attend_ordinary, attend_prefix, finished, initial
+from .attention_tile import (
+    CHECKED,
+    LN2,
+    attention_cases,
+    keys_in_reach,
+    load_tile,
+    past_of,
+    prefix_of,
+    shared_arguments,
+    visible_range,
+)  # fmt: skip
+from .dropout import row_keys
+from .prefix_decode import prefix_decode
+from .tuning import ALWAYS, Candidate, candidates, config_for, on_device
+
+CANDIDATES = candidates("prefix_fwd", [
+    Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 3, CHECKED, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+])  # fmt: skip
+# Up to this many queries per key head (L times the group) are a decode.
+DECODE_QUERIES = 64
+
+
+@triton.jit
+def _prefix_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, sinks_ptr, out_ptr, lse_ptr,
+    starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,
+    inner, outer, causal_offset, window, threshold, keep_scale, L, S, max_length, group,
+    stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_pkt, stride_pkh, stride_pvt, stride_pvh,
+    stride_mb, stride_mh, stride_ml, stride_ms, stride_bb, stride_bh, stride_bl, stride_bj,
+    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one head of one row. Late queries, which see most keys, come first."""
+    DROPOUT: tl.constexpr = seed_ptr is not None
+    begin = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    h, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    H, hk = tl.num_programs(1), h // group
+    offs_m = begin + tl.arange(0, BLOCK_M)
+    query = tl.minimum(offs_m, L - 1)  # queries beyond the last repeat it and are not stored
+    i, end = query[:, None], tl.minimum(begin + BLOCK_M, L)
+    row = (b * H + h) * L + query
+    mask_rows = None if mask_ptr is None else mask_ptr + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_ml
+    bias_rows = None if bias_ptr is None else bias_ptr + b * stride_bb + h * stride_bh + i.to(tl.int64) * stride_bl
+    row_key, seed_low, seed_high = 0, 0, 0
+    if DROPOUT:
+        row_key, seed_low, seed_high = row_keys(seed_ptr, row)
+        row_key = row_key[:, None]
+    q = load_tile(q_ptr + b * stride_qb + h * stride_qh, query.to(tl.int64), stride_ql, None, D, BLOCK_D)
+    acc, m, den = initial(sinks_ptr, h, BLOCK_M, BLOCK_D)
+
+    start, length = prefix_of(starts_ptr, lengths_ptr, b, max_length)
+    past = past_of(past_ptr)
+    first = length * 0
+    if WINDOWED:
+        first = tl.maximum(first, length + past + begin - window + 1) // BLOCK_N * BLOCK_N
+    acc, m, den = attend_prefix(
+        acc, m, den, q, pk_ptr + start.to(tl.int64) * stride_pkt + hk * stride_pkh,
+        pv_ptr + start.to(tl.int64) * stride_pvt + hk * stride_pvh, stride_pkt, stride_pvt, first, length, length,
+        length, i, past, window, bias_rows, stride_bj, row_key, seed_low, seed_high, threshold, inner, outer,
+        D, WINDOWED, SOFTCAP, DROPOUT, BLOCK_N, BLOCK_D,
+    )  # fmt: skip
+
+    first, last = keys_in_reach(0, S, begin, end - 1, causal_offset, window, CAUSAL, WINDOWED)
+    first = first // BLOCK_N * BLOCK_N
+    if mask_ptr is not None:
+        first, last = visible_range(mask_rows, stride_ms, first, last, BLOCK_M, BLOCK_N)
+    # tiles that every query sees whole need no look at indices; with a window on both ends that is not worth a loop
+    middle = tl.minimum(last, S)
+    if CAUSAL:
+        middle = tl.minimum(middle, begin + causal_offset + 1)
+        if WINDOWED:
+            middle = first
+    middle = first + tl.maximum(middle - first, 0) // BLOCK_N * BLOCK_N
+    k_ptr += b * stride_kb + hk * stride_kh
+    v_ptr += b * stride_vb + hk * stride_vh
+    for WHOLE in tl.static_range(2):
+        acc, m, den = attend_ordinary(
+            acc, m, den, q, k_ptr, v_ptr, stride_ks, stride_vs,
+            middle if WHOLE == 1 else first, last if WHOLE == 1 else middle, S, i, causal_offset, window,
+            mask_rows, stride_ms, row_key, seed_low, seed_high, threshold, max_length, inner, outer,
+            D, CAUSAL, WINDOWED, SOFTCAP, DROPOUT, WHOLE == 0, BLOCK_N, BLOCK_D,
+        )  # fmt: skip
+
+    out, lse = finished(acc, m, den, keep_scale)
+    stored, offs_d = offs_m < L, tl.arange(0, BLOCK_D)
+    out_ptrs = out_ptr + ((b * L + query) * H + h)[:, None] * D + offs_d[None, :]
+    tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=stored[:, None] & (offs_d < D)[None, :])
+    tl.store(lse_ptr + row, lse * LN2, mask=stored)
+
+
+def prefix_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, starts: Tensor | None, lengths: Tensor | None,
+    order: Tensor | None, max_length: int, mask: Tensor | None, prefix_bias: Tensor | None, sinks: Tensor | None,
+    past: Tensor | None, seed: Tensor | None, scale: float, causal_offset: int | None, window: int | None,
+    softcap: float, p: float, implementation: str = "kernel",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Return out (B, L, Hq, D) in q's dtype and lse (B, Hq, L) fp32, both contiguous. Trusts its caller."""
+    B, H, L, D = q.shape
+    out, lse = q.new_empty((B, L, H, D)), q.new_empty((B, H, L), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    shared = shared_arguments(
+        q, k, v, prefix_k, prefix_v, starts, lengths, max_length, mask, prefix_bias, past, seed,
+        scale, causal_offset, window, softcap, p,
+    )  # fmt: skip
+    sinks = None if sinks is None else sinks.contiguous()
+    if L * shared["group"] <= DECODE_QUERIES:
+        prefix_decode(q, shared, order, sinks, out, lse)
+        return out, lse
+    config = config_for("prefix_fwd", q, L, 0, 0, D)
+    with on_device(q):
+        _prefix_fwd_kernel[(triton.cdiv(L, config["BLOCK_M"]), H, B)](
+            sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, **shared, **config
+        )
+    return out, lse
+
+
+def aot_cases() -> Iterator[AotCase]:
+    """Every candidate in every variant."""
+    yield from attention_cases(_prefix_fwd_kernel, "prefix_fwd", CANDIDATES, dict(lse_ptr="*fp32"))
