@@ -21,7 +21,7 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "AutoPeftModelForSequenceClassification",
         "AutoPeftModelForTokenClassification",
     ),
-    "config": ("PeftConfig",),
+    "config": ("PeftConfig", "PromptLearningConfig"),
     "mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "inject_adapter_in_model"),
     "mapping_func": ("get_peft_model",),
     "mixed_model": ("PeftMixedModel",),
@@ -37,7 +37,10 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
         "get_model_status",
     ),
     "tuners.lora": ("LoraConfig", "LoraModel"),
-    "tuners.prefix_tuning": ("PrefixTuningConfig",),
+    "tuners.multitask_prompt_tuning": ("MultitaskPromptTuningConfig", "MultitaskPromptTuningInit"),
+    "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "utils": ("PeftType", "TaskType", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
 }
 _SUBMODULES = ("auto", "config", "functional", "helpers", "mapping", "mixed_model", "peft_model", "tuners", "utils")
@@ -56,7 +59,7 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification,
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
-    from .config import PeftConfig as PeftConfig
+    from .config import PeftConfig as PeftConfig, PromptLearningConfig as PromptLearningConfig
     from .mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
         get_peft_config as get_peft_config,
@@ -76,7 +79,21 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         get_model_status as get_model_status,
     )
     from .tuners.lora import LoraConfig as LoraConfig, LoraModel as LoraModel
-    from .tuners.prefix_tuning import PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.multitask_prompt_tuning import (
+        MultitaskPromptTuningConfig as MultitaskPromptTuningConfig,
+        MultitaskPromptTuningInit as MultitaskPromptTuningInit,
+    )
+    from .tuners.p_tuning import (
+        PromptEncoder as PromptEncoder,
+        PromptEncoderConfig as PromptEncoderConfig,
+        PromptEncoderReparameterizationType as PromptEncoderReparameterizationType,
+    )
+    from .tuners.prefix_tuning import PrefixEncoder as PrefixEncoder, PrefixTuningConfig as PrefixTuningConfig
+    from .tuners.prompt_tuning import (
+        PromptEmbedding as PromptEmbedding,
+        PromptTuningConfig as PromptTuningConfig,
+        PromptTuningInit as PromptTuningInit,
+    )
     from .utils import (
         PeftType as PeftType,
         TaskType as TaskType,

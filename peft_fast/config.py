@@ -17,7 +17,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CONFIG_NAME, config_json, locate, read_config
+from .checkpoint import CONFIG_NAME, check_prompt_config, config_json, locate, read_config
 from .checkpoint.atomic import replace_files
 from .utils.peft_types import PeftType, TaskType
 
@@ -30,6 +30,9 @@ FORMAT_VERSION = "0.21.2"  # of the files: the PEFT release whose format they ha
 CONFIG_CLASSES: dict[PeftType, str] = {
     PeftType.LORA: "peft_fast.tuners.lora.config:LoraConfig",
     PeftType.PREFIX_TUNING: "peft_fast.tuners.prefix_tuning.config:PrefixTuningConfig",
+    PeftType.PROMPT_TUNING: "peft_fast.tuners.prompt_tuning.config:PromptTuningConfig",
+    PeftType.P_TUNING: "peft_fast.tuners.p_tuning.config:PromptEncoderConfig",
+    PeftType.MULTITASK_PROMPT_TUNING: "peft_fast.tuners.multitask_prompt_tuning.config:MultitaskPromptTuningConfig",
 }
 
 
@@ -289,14 +292,16 @@ class PeftConfig(PeftConfigMixin):
 
 @dataclass
 class PromptLearningConfig(PeftConfig):
-    """Base class of the configurations that learn virtual tokens. None of its methods is supported by peft_fast yet.
+    """Base class of the configurations that learn virtual tokens.
 
     Args:
         num_virtual_tokens: number of learned tokens.
-        token_dim: hidden size of the base model.
+        token_dim: hidden size of the base model; for prefix tuning that of its keys and values.
         num_transformer_submodules: 2 for an encoder with a decoder, else 1.
-        num_attention_heads, num_layers: of the base model.
+        num_attention_heads, num_layers: of the base model; for prefix tuning the heads of its keys and values.
         modules_to_save: further modules to train and save, such as a classification head.
+        All but num_virtual_tokens are filled in from the base model's configuration where they are None.
+    Raises: ValueError for a size that is no positive integer, naming the field, and a dropout outside [0, 1].
     """
 
     num_virtual_tokens: int | None = None
@@ -305,6 +310,10 @@ class PromptLearningConfig(PeftConfig):
     num_attention_heads: int | None = None
     num_layers: int | None = None
     modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_prompt_config(self, type(self).__name__)
 
     @property
     def is_prompt_learning(self) -> bool:

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from .checkpoint import check_adapter_name
 from .config import PeftConfig, config_class
 from .tuners.lora import LoraConfig, LoraModel
-from .tuners.prefix_tuning import PrefixTuningConfig
+from .tuners.multitask_prompt_tuning import MultitaskPromptEmbedding, MultitaskPromptTuningConfig
+from .tuners.p_tuning import PromptEncoder, PromptEncoderConfig
+from .tuners.prefix_tuning import PrefixEncoder, PrefixTuningConfig
+from .tuners.prompt_tuning import PromptEmbedding, PromptTuningConfig
 from .tuners.tuners_utils import BaseTuner
 from .utils.peft_types import PeftType
 
@@ -27,10 +30,20 @@ __all__ = [
 PEFT_TYPE_TO_CONFIG_MAPPING: dict[PeftType, type[PeftConfig]] = {
     PeftType.LORA: LoraConfig,
     PeftType.PREFIX_TUNING: PrefixTuningConfig,
+    PeftType.PROMPT_TUNING: PromptTuningConfig,
+    PeftType.P_TUNING: PromptEncoderConfig,
+    PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptTuningConfig,
 }
-PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, type[BaseTuner]] = {PeftType.LORA: LoraModel}
+# a BaseTuner changes layers; a BasePromptEncoder makes virtual tokens, and is made from a configuration
+PEFT_TYPE_TO_TUNER_MAPPING: dict[PeftType, Any] = {
+    PeftType.LORA: LoraModel,
+    PeftType.PREFIX_TUNING: PrefixEncoder,
+    PeftType.PROMPT_TUNING: PromptEmbedding,
+    PeftType.P_TUNING: PromptEncoder,
+    PeftType.MULTITASK_PROMPT_TUNING: MultitaskPromptEmbedding,
+}
 PEFT_TYPE_TO_MIXED_MODEL_MAPPING: dict[PeftType, type[BaseTuner]] = {}
-PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {PeftType.LORA: LoraModel.prefix}
+PEFT_TYPE_TO_PREFIX_MAPPING: dict[PeftType, str] = {t: f"{t.value.lower()}_" for t in PEFT_TYPE_TO_TUNER_MAPPING}
 
 # Keys of early versions of PEFT that its documentation still shows; they meant nothing when None.
 _LEGACY_KEYS = ("enable_lora", "postprocess_past_key_value_function")

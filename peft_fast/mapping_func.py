@@ -14,6 +14,7 @@ from .peft_model import PeftModel
 from .peft_model.base import warn_if_in_prefix
 from .status import adapter_layers
 from .tuners.tuners_utils import BaseTunerLayer
+from .utils.error import UnknownTaskError
 
 __all__ = ["get_peft_model"]
 
@@ -37,7 +38,7 @@ def get_peft_model(
         revision: of the base model, noted in the configuration.
         low_cpu_mem_usage: create the adapter on the meta device; only if weights are loaded into it.
     Returns: the class that `peft_config.task_type` says, PeftModel without one.
-    Raises: as PeftModel; ValueError for `mixed`.
+    Raises: as PeftModel; ValueError for `mixed`, and (a KeyError too, as in PEFT) for prompt learning without a task.
     """
     check_adapter_name(adapter_name)
     if mixed:
@@ -66,6 +67,11 @@ def get_peft_model(
         peft_config.revision = revision
     warn_if_in_prefix(adapter_name, peft_config)
     task = getattr(peft_config.task_type, "value", peft_config.task_type)
+    if peft_config.is_prompt_learning and task not in MODEL_TYPE_TO_PEFT_MODEL_MAPPING:
+        raise UnknownTaskError(
+            f"{type(peft_config).__name__} needs a task_type, it is {task}: set it to one of "
+            f"{', '.join(sorted(MODEL_TYPE_TO_PEFT_MODEL_MAPPING))}"
+        )
     return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(task), PeftModel)(
         model,
         peft_config,

@@ -12,7 +12,7 @@ prompts in place).
 import itertools
 import math
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,11 @@ from .ops.functional import MixedPlan, mixed_plan
 
 BASE = "__base__"  # PEFT's name for "no adapter"
 
+# the arguments of a forward or generate that have the rows of the batch as their first dimension
+_ROWS = (
+    *("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "encoder_outputs"),
+    *("decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
+)
 # From this many rows to a unit on, products of each run of rows are faster than bringing an adapter's rows together
 # (one thread, 64 rows a run, fp32: 7 ms against 2 to 4; 16 bits: equal).
 _LONG_RUN = 32
@@ -46,6 +51,7 @@ class MixedBatch:
         slots: (units,) int32, slot ids of `bank`; an id that is no slot of it means no adapter.
         bank: where slots and tables come from; None where only layers called one by one use this batch.
         packed: units are the tokens of one row, which holds several sequences.
+        beside: names of adapters of another method: layers treat their rows as `BASE`, modules that run whole do not.
     """
 
     def __init__(
@@ -54,6 +60,7 @@ class MixedBatch:
         slots: Tensor | None = None,
         bank: Any = None,
         packed: bool = False,
+        beside: Container[str] = (),
     ) -> None:
         if names is None and slots is None:
             raise ValueError("MixedBatch needs names or slots, got neither")
@@ -61,6 +68,7 @@ class MixedBatch:
         self._slots = slots
         self.bank = bank
         self.packed = packed
+        self._beside = beside
         self.of_one_call = False  # entered by a call of the model, and so not meant for calls inside of it
         self.units = len(names) if names is not None else slots.shape[0]  # type: ignore[union-attr]
         self.peft_arithmetic = requested("lora_mixed", None) == "peft"
@@ -86,7 +94,7 @@ class MixedBatch:
             return True
         if not torch.is_grad_enabled() or self._names is None:
             return False
-        return x.requires_grad or any(wants_grad(name) for name in set(self._names) if name != BASE)
+        return x.requires_grad or any(wants_grad(name) for name in set(self._of_layers()) if name != BASE)
 
     @property
     def names(self) -> list[str]:
@@ -95,12 +103,16 @@ class MixedBatch:
             self._names = self.bank.names_of(self._slots.tolist())  # type: ignore[union-attr]
         return self._names
 
+    def _of_layers(self) -> list[str]:
+        """The names as adapter layers see them."""
+        return [BASE if name in self._beside else name for name in self.names] if self._beside else self.names
+
     def groups(self, count: int) -> Groups:
         """The rows of each adapter at a site of `count` rows, made once per call."""
         each = count // self.units
         found = self._groups.get(each)
         if found is None:
-            found = self._groups[each] = _groups(self.names, each)
+            found = self._groups[each] = _groups(self._of_layers(), each)
         return found
 
     def of_site(self, layer: Any, count: int, find: Callable[[list[tuple[str, slice]]], Any]) -> Any:
@@ -140,7 +152,7 @@ class MixedBatch:
         found = self._slots_on.get(device)
         if found is None:
             if self._slots is None:
-                self._slots = torch.tensor(self.bank.slots_of(self.names), dtype=torch.int32)
+                self._slots = torch.tensor(self.bank.slots_of(self._of_layers()), dtype=torch.int32)
             found = self._slots_on[device] = self._slots.to(device, torch.int32, non_blocking=True)
         return found
 
@@ -239,6 +251,24 @@ def use(batch: MixedBatch | None) -> Iterator[None]:
         yield
     finally:
         _STATE.batch = before
+
+
+def check_names(names: Any) -> None:
+    """Raises: TypeError for adapter names that are no list."""
+    if not isinstance(names, list | tuple):
+        raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
+
+
+def number_of_rows(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """Rows of a call, from the first of its arguments that has them; None if none has."""
+    known = [*args[:1], *(kwargs.get(name) for name in _ROWS)]
+    others = [value for name, value in kwargs.items() if name != "adapter_ids"]  # a model with names of its own
+    for value in (*known, *others):
+        if isinstance(value, Tensor) and value.ndim > 0:
+            return value.shape[0]
+        if value is not None and hasattr(value, "last_hidden_state"):
+            return int(value.last_hidden_state.shape[0])
+    return None
 
 
 def wrong_length(given: int, rows: int) -> ValueError:

@@ -170,8 +170,8 @@ def test_rslora_with_patterns_warns_as_peft() -> None:
 def test_choice_of_the_class() -> None:
     assert isinstance(PeftConfig.from_peft_type(peft_type="LORA", r=2), LoraConfig)
     assert type(PeftConfig.from_peft_type(inference_mode=True)) is PeftConfig
-    with pytest.raises(ValueError, match="P_TUNING is not supported by peft_fast yet"):
-        PeftConfig.from_peft_type(peft_type="P_TUNING")
+    with pytest.raises(ValueError, match="CARTRIDGE is not supported by peft_fast yet"):
+        PeftConfig.from_peft_type(peft_type="CARTRIDGE")
     for cls in (PeftConfig, peft.PeftConfig):
         with pytest.raises(KeyError, match="FOO"):
             cls.from_peft_type(peft_type="FOO")

@@ -14,13 +14,13 @@ LAYERS = (
     ("integrations",),
     ("auto", "mapping", "mapping_func", "peft_model", "mixed_model", "model_card", "status", "helpers", "functional"),
     ("utils.save_and_load", "utils.load_directory", "utils.initial_adapter", "utils._survey"),
-    ("tuners", "attention"),
+    ("tuners", "attention", "soft_prompts"),
     # utils: the rest of it
-    ("config", "utils", "adapter_bank", "adapter_record", "slot_tables", "routing", "checkpoint"),
-    ("ops.functional",),
+    ("config", "utils", "adapter_bank", "adapter_record", "slot_tables", "routing", "prompt_call", "checkpoint"),
+    ("ops.functional", "ops.prefix_functional"),
     ("quant",),
     ("ops",),
-    ("reference", "reference_mixed"),
+    ("reference", "reference_mixed", "reference_prefix", "reference_prefix_scores"),
 )  # fmt: skip
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {

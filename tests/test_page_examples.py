@@ -1,4 +1,4 @@
-"""The LoRA examples of PEFT's documentation page of the model classes; the bases are made from their configurations."""
+"""The examples of PEFT's documentation page of the model classes; the bases are made from their configurations."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from peft_fast import (
     PeftModelForTokenClassification,
     PrefixTuningConfig,
     get_peft_config,
-    get_peft_model,
 )
 
 # what "t5-base" and "bert-base-cased" are on the hub
@@ -109,17 +108,45 @@ PREFIX = {
 }
 
 
-@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "CAUSAL_LM"])
-def test_prefix_tuning_is_known_as_a_configuration_and_refused_as_a_model(task_type: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("cls", "base", "task_type"),
+    [
+        (PeftModelForSequenceClassification, "BertForSequenceClassification", "SEQ_CLS"),
+        (PeftModelForTokenClassification, "BertForTokenClassification", "TOKEN_CLS"),
+    ],
+)
+def test_prefix_tuning_of_bert(cls: Any, base: str, task_type: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="postprocess_past_key_value_function"):
-        config = get_peft_config({**PREFIX, "task_type": task_type})
+        peft_config = get_peft_config({**PREFIX, "task_type": task_type})
+    peft_model = cls(on_meta(base, transformers.BertConfig(**BERT_BASE)), peft_config)
+    peft_model.print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert printed.startswith("trainable params: 370,178 || all params: 108,")
+    oracle = getattr(peft, cls.__name__)(
+        on_meta(base, transformers.BertConfig(**BERT_BASE)),
+        peft.PrefixTuningConfig(**{k: v for k, v in PREFIX.items() if k[:4] != "post"}, task_type=task_type),
+    )
+    oracle.print_trainable_parameters()
+    assert printed == capsys.readouterr().out
+
+
+def test_prefix_tuning_of_gpt2_large(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = {"token_dim": 1280, "num_attention_heads": 20, "num_layers": 36, "encoder_hidden_size": 1280}
+    with pytest.warns(UserWarning, match="postprocess_past_key_value_function"):
+        peft_config = get_peft_config({**PREFIX, **sizes, "task_type": "CAUSAL_LM"})
+    model = on_meta("GPT2LMHeadModel", transformers.GPT2Config(n_embd=1280, n_layer=36, n_head=20))
+    PeftModelForCausalLM(model, peft_config).print_trainable_parameters()
+    printed = capsys.readouterr().out
+    assert printed == "trainable params: 1,843,200 || all params: 775,873,280 || trainable%: 0.2376\n"
+
+
+def test_prefix_configuration_is_pefts(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="postprocess_past_key_value_function"):
+        config = get_peft_config({**PREFIX, "task_type": "SEQ_CLS"})
     known = {key: value for key, value in PREFIX.items() if key != "postprocess_past_key_value_function"}
-    assert config.to_dict() == peft.get_peft_config({**known, "task_type": task_type}).to_dict()
-    peft.PrefixTuningConfig(**{**known, "task_type": task_type}).save_pretrained(tmp_path)
+    assert config.to_dict() == peft.get_peft_config({**known, "task_type": "SEQ_CLS"}).to_dict()
+    peft.PrefixTuningConfig(**{**known, "task_type": "SEQ_CLS"}).save_pretrained(tmp_path)
     assert isinstance(PeftConfig.from_pretrained(tmp_path), PrefixTuningConfig)
-    base = on_meta("BertModel", transformers.BertConfig(**BERT_BASE))
-    with pytest.raises(ValueError, match=r"PrefixTuningConfig \(PREFIX_TUNING\) is not supported by peft_fast yet"):
-        get_peft_model(base, config)
 
 
 @pytest.mark.parametrize("key", ["enable_lora", "postprocess_past_key_value_function"])

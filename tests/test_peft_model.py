@@ -599,12 +599,12 @@ def test_mixed_models_are_refused() -> None:
         peft_fast.PeftMixedModel.from_pretrained(make_base("llama", TASK), "somewhere")
 
 
-def test_prompt_learning_is_refused() -> None:
+def test_a_configuration_without_its_methods_fields_is_refused() -> None:
     from peft_fast.config import PromptLearningConfig
 
     base = make_base("llama", TASK)
     config = PromptLearningConfig(peft_type="PREFIX_TUNING", task_type=TASK, num_virtual_tokens=4)
-    with pytest.raises(ValueError, match=r"\(PREFIX_TUNING\) is not supported by peft_fast yet"):
+    with pytest.raises(TypeError, match="PREFIX_TUNING needs a PrefixTuningConfig, got PromptLearningConfig"):
         peft_fast.PeftModelForCausalLM(base, config)
     with pytest.raises(ValueError, match="does not support prompt learning"):
         peft_fast.inject_adapter_in_model(config, base)

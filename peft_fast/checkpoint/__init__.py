@@ -9,6 +9,7 @@ from .names import (
     adapter_directory,
     check_adapter_name,
 )
+from .prompts import check_prompt_config, check_prompt_shapes
 from .read import TensorInfo, WeightsFile, open_bin, open_safetensors, open_weights, read_config, tensor_info
 from .validate import CheckedNames, check_config, check_finite, check_ranks, check_tensors
 from .write import config_json, save_adapter
@@ -24,6 +25,8 @@ __all__ = [
     "check_adapter_name",
     "check_config",
     "check_finite",
+    "check_prompt_config",
+    "check_prompt_shapes",
     "check_ranks",
     "check_tensors",
     "config_json",

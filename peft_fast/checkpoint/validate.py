@@ -106,7 +106,7 @@ def check_ranks(weights: WeightsFile, config: Any, *, ignore_mismatched_sizes: b
         if absurd or (shape[dim] not in allowed and not ignore_mismatched_sizes):
             expected = (*shape[:dim], max(allowed) if absurd else rank, *shape[dim + 1 :])
             raise RuntimeError(
-                f"{weights.where}: {_mismatch(name, shape, expected)} The config allows the ranks {sorted(allowed)}."
+                f"{weights.where}: {mismatch(name, shape, expected)} The config allows the ranks {sorted(allowed)}."
             )
 
 
@@ -155,7 +155,7 @@ def check_tensors(
         else:
             checked.mismatched.append((name, found.shape, expected[name].shape))
     if checked.mismatched and not ignore_mismatched_sizes:
-        lines = [_mismatch(*entry) for entry in checked.mismatched[:_SHOWN]]
+        lines = [mismatch(*entry) for entry in checked.mismatched[:_SHOWN]]
         more = len(checked.mismatched) - len(lines)
         raise RuntimeError(f"{weights.where}: " + "\n\t".join(lines) + (f"\n\tand {more} more" if more else ""))
     return checked
@@ -198,11 +198,11 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def _mismatch(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
-    """The words that torch uses, which the Trainer and users look for."""
+def mismatch(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> str:
+    """The words that torch uses, which the Trainer and users look for. A size may be larger than torch can count."""
     return (
-        f"size mismatch for {name}: copying a param with shape {torch.Size(found)} from checkpoint, the shape in "
-        f"current model is {torch.Size(expected)}."
+        f"size mismatch for {name}: copying a param with shape torch.Size({list(found)}) from checkpoint, the shape in "
+        f"current model is torch.Size({list(expected)})."
     )
 
 

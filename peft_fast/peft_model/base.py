@@ -6,16 +6,17 @@ import gc
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapter_bank import AdapterBank
 from ..checkpoint import check_adapter_name
 from ..config import PeftConfig
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ..prompt_call import use_prompt
 from ..status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -24,17 +25,19 @@ from ..status import (
     get_layer_status,
     get_model_status,
 )
+from ..utils.other import _set_adapter, as_names
 from ..utils.peft_types import PeftType
+from .checkpointing import checkpoints_activations, make_inputs_require_grad
 from .files import AdapterFiles
+from .prompt import SWITCHING, PromptLearning
 
 __all__ = ["PeftModel", "warn_if_in_prefix"]
 
-_SWITCHING = threading.RLock()  # while adapters are switched off or on; a model cannot have a lock of its own
 _PROMPT_LEARNING_ONLY = ("prompt_encoder", "prompt_tokens", "transformer_backbone_name", "word_embeddings")
 
 
-class PeftModel(AdapterFiles):
-    """A base model with adapters. Attributes that are not found here are the tuner's (`base_model`), then the base's.
+class PeftModel(PromptLearning, AdapterFiles):
+    """A base model with adapters. Attributes that are not found here are those of `base_model`, then the base's.
 
     Args:
         model: the base model, changed in place.
@@ -42,9 +45,8 @@ class PeftModel(AdapterFiles):
         adapter_name: its name; see `check_adapter_name`.
         autocast_adapter_dtype: keep adapters of fp16, bf16 and fp8 bases in fp32, for stable training.
         low_cpu_mem_usage: create the adapter on the meta device, to be loaded.
-    Attributes: base_model (the tuner, such as LoraModel), peft_config (by adapter name), active_adapter, peft_type,
-        modules_to_save. Those of prompt learning (prompt_encoder, prompt_tokens, transformer_backbone_name,
-        word_embeddings) exist with it only.
+    Attributes: base_model (the tuner, such as LoraModel; with prompt learning the base model itself), peft_config (by
+        adapter name), active_adapter, peft_type, modules_to_save; those of `PromptLearning`.
     Raises: ValueError for a bad name, a configuration that cannot be applied to the model or a method that is not
         supported yet; the model is as it was then.
     """
@@ -61,7 +63,7 @@ class PeftModel(AdapterFiles):
     ) -> None:
         super().__init__()
         check_adapter_name(adapter_name)
-        if peft_config.is_prompt_learning or peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
+        if peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
             name = getattr(peft_config.peft_type, "value", peft_config.peft_type)
             raise ValueError(f"{type(peft_config).__name__} ({name}) is not supported by peft_fast yet")
         self._add_head(peft_config)
@@ -69,16 +71,24 @@ class PeftModel(AdapterFiles):
         self.peft_type = PeftType(peft_config.peft_type)
         # arguments of a forward that are for the adapters, not for the base model
         self.special_peft_forward_args = {"adapter_names", "alora_offsets"}
-        self._is_prompt_learning = False
+        self._is_prompt_learning = peft_config.is_prompt_learning
+        self._prompt_configs = {}
+        self._fused = False
         self._adapters_disabled = False
         self._disabled_by: list[int] = []  # threads inside disable_adapter
         self._to_enable = False  # what the last of them restores
         self._flags: list[tuple[nn.Parameter, bool]] = []
-        self.base_model = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type](
-            model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
-        )
-        self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        if _checkpoints_activations(model):
+        if self._is_prompt_learning:
+            self.special_peft_forward_args.add("task_ids")
+            self.base_model = model
+            self._add_prompt(adapter_name, peft_config)
+        else:
+            make: Any = PEFT_TYPE_TO_TUNER_MAPPING[self.peft_type]
+            self.base_model = make(
+                model, {adapter_name: peft_config}, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage
+            )
+            self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if checkpoints_activations(model):
             self.prepare_model_for_gradient_checkpointing(model)
         # old Llama configs: a loop over slices of the weight that imitates tensor parallel rounding
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
@@ -89,16 +99,23 @@ class PeftModel(AdapterFiles):
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
         """Adapter name -> configuration."""
+        if self._is_prompt_learning:
+            return self._prompt_configs
         configs: dict[str, PeftConfig] = self.base_model.peft_config
-        return configs
+        return {**configs, **self._prompt_configs} if self._prompt_configs else configs
 
     @peft_config.setter
     def peft_config(self, value: dict[str, PeftConfig]) -> None:
-        self.base_model.peft_config = value
+        if self._is_prompt_learning:
+            self._prompt_configs = value
+        else:
+            self.base_model.peft_config = value
 
     @property
     def active_adapters(self) -> list[str]:
         """Names of the adapters that take part in a forward."""
+        if self._is_prompt_learning or self._active_prompt_config is not None:
+            return as_names(self.active_adapter)
         names: list[str] = self.base_model.active_adapters
         return names
 
@@ -126,7 +143,9 @@ class PeftModel(AdapterFiles):
     @property
     def adapter_bank(self) -> AdapterBank:
         """The adapters for mixed batches: registered ones, limits, statistics. Raises: AttributeError for a method that
-        has no mixed batches."""
+        has no bank."""
+        if self._is_prompt_learning:
+            raise AttributeError(f"{self.peft_type.value} has no adapter_bank: it is for LoRA")
         bank: AdapterBank = self.base_model.adapter_bank
         bank.load = self._load_registered
         return bank
@@ -146,7 +165,7 @@ class PeftModel(AdapterFiles):
 
     def get_base_model(self) -> nn.Module:
         """The base model, with the adapters' layers in it."""
-        model: nn.Module = self.base_model.model
+        model: nn.Module = self.base_model if self._is_prompt_learning else self.base_model.model
         return model
 
     def _get_base_model_class(self, is_prompt_tuning: bool = False) -> type[nn.Module]:
@@ -156,13 +175,15 @@ class PeftModel(AdapterFiles):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base model's forward with the active adapters, or an adapter for each row.
 
-        Args: those of the base model, and for LoRA:
-            adapter_names: one per row of the batch, or per sequence packed into one row; "__base__" for none.
+        Args: those of the base model, and for LoRA and prefixes:
+            adapter_names: one per row of the batch, or (LoRA) per sequence packed into one row; "__base__" for none.
             adapter_ids: the same as a tensor (rows,) int32 of ids from `adapter_slots`, -1 for none: for torch.compile
-                and CUDA graphs, which are the same for all values.
+                and CUDA graphs, which are the same for all values. For LoRA.
+            task_ids: (rows,) int64, for multitask prompt tuning.
         Raises: ValueError for unknown adapters, another number of them than of rows, merged adapters or training mode;
             ValueError for `alora_offsets`, which is not supported yet.
         """
+        kwargs = self._without_ignored(kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
             return self.base_model(*args, **self._for_base_model(kwargs))
 
@@ -171,24 +192,41 @@ class PeftModel(AdapterFiles):
         returned sequences have its adapter. Arguments for adapters and errors as in `forward`."""
         if "generation_config" in self.__dict__:  # set on this model by the user
             self.get_base_model().generation_config = self.generation_config
+        kwargs = self._without_ignored(kwargs)
         with self._enable_peft_forward_hooks(*args, **kwargs):
-            return self.get_base_model().generate(*args, **self._for_base_model(kwargs))  # type: ignore[operator]
+            kwargs = self._with_room(self._for_base_model(kwargs))
+            prompted = self._before_the_encoder(kwargs)
+            # the encoder has its learned tokens; the forwards that follow are the decoder's
+            with nullcontext() if prompted is kwargs else use_prompt(None):
+                return self.get_base_model().generate(*args, **prompted)  # type: ignore[operator]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if self._is_prompt_learning:
+            with self._prompts_of(args, kwargs):
+                yield
+            return
         if self._names_adapters(kwargs) and self._is_disabled_here():  # PEFT's rule
             kwargs = {**kwargs, "adapter_names": None, "adapter_ids": None}
-        with self.base_model._enable_peft_forward_hooks(*args, **kwargs):
+        prompt, beside = self._prompts_beside(kwargs)
+        with (
+            self.base_model._enable_peft_forward_hooks(*args, beside=beside, **kwargs),
+            use_prompt(prompt),
+        ):
             yield
 
     def _is_disabled_here(self) -> bool:
         """Whether this thread's calls run without adapters; those of other threads say themselves what they want."""
         if self._disabled_by:
             return threading.get_ident() in self._disabled_by
-        if torch.compiler.is_compiling() or not hasattr(type(self.base_model), "adapter_bank"):
+        if torch.compiler.is_compiling() or not self._has_bank:
             return False
         layers = self.adapter_bank.layers  # all are switched together
         return bool(layers) and layers[0].disable_adapters
+
+    @property
+    def _has_bank(self) -> bool:
+        return not self._is_prompt_learning and hasattr(type(self.base_model), "adapter_bank")
 
     @staticmethod
     def _names_adapters(kwargs: Mapping[str, Any]) -> bool:
@@ -198,6 +236,10 @@ class PeftModel(AdapterFiles):
         ours = {*self.special_peft_forward_args, "adapter_ids"}
         return {key: value for key, value in kwargs.items() if key not in ours}
 
+    def _with_tasks(self, task_ids: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A task class's arguments; `task_ids` is for methods that have tasks, and dropped for others."""
+        return {**kwargs, "task_ids": task_ids} if "task_ids" in self.special_peft_forward_args else kwargs
+
     def _returns_dict(self, return_dict: bool | None) -> bool:
         return getattr(getattr(self, "config", None), "return_dict", True) if return_dict is None else return_dict
 
@@ -206,12 +248,7 @@ class PeftModel(AdapterFiles):
 
         Quantized models are left to `prepare_model_for_kbit_training`.
         """
-        if any(getattr(model, name, False) for name in ("is_loaded_in_8bit", "is_loaded_in_4bit", "is_quantized")):
-            return
-        if hasattr(model, "enable_input_require_grads"):
-            model.enable_input_require_grads()  # type: ignore[operator]
-        elif hasattr(model, "get_input_embeddings"):
-            model.get_input_embeddings().register_forward_hook(_require_grad)  # type: ignore[operator]
+        make_inputs_require_grad(model)
 
     # ------------------------------------------------------------------------------------------- adapters: change
     def add_adapter(
@@ -230,18 +267,23 @@ class PeftModel(AdapterFiles):
         if adapter_name in self.peft_config:
             raise ValueError(f"Adapter with name '{adapter_name}' already exists.")
         warn_if_in_prefix(adapter_name, peft_config)
-        if peft_config.peft_type != self.peft_type:
+        beside = self.peft_type == PeftType.LORA and peft_config.peft_type == PeftType.PREFIX_TUNING
+        if peft_config.peft_type != self.peft_type and not beside:
             raise ValueError(
                 "Cannot combine adapters with different peft types. "
                 f"Found {self.peft_type} and {peft_config.peft_type}."
             )
         self._add_head(peft_config)
+        if peft_config.is_prompt_learning:
+            self._add_prompt(adapter_name, peft_config)
+            return
         with self._changing_adapters(adapter_name):
-            self.peft_config[adapter_name] = peft_config
+            configs: dict[str, PeftConfig] = self.base_model.peft_config
+            configs[adapter_name] = peft_config
             try:
                 self.base_model.inject_adapter(self.get_base_model(), adapter_name, low_cpu_mem_usage=low_cpu_mem_usage)
             except BaseException:
-                self.peft_config.pop(adapter_name, None)
+                configs.pop(adapter_name, None)
                 raise
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
 
@@ -254,11 +296,14 @@ class PeftModel(AdapterFiles):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} does not exist")
+        if adapter_name in self._prompt_configs:
+            self._delete_prompt(adapter_name)
+            return
         with self._changing_adapters(adapter_name):
             self.base_model.delete_adapter(adapter_name=adapter_name)
             if len(self.active_adapters) == 1:
                 self.active_adapter = self.active_adapters[0]
-            if hasattr(type(self.base_model), "adapter_bank"):
+            if self._has_bank:
                 self.adapter_bank.forget(adapter_name)
 
     @contextmanager
@@ -269,7 +314,7 @@ class PeftModel(AdapterFiles):
         the other adapters again and again takes longer than making it.
         """
         with ExitStack() as stack:
-            if hasattr(type(self.base_model), "adapter_bank"):
+            if self._has_bank:
                 # the wait comes first: calls that are waited for may have to read other adapters
                 stack.enter_context(self.adapter_bank.alone(adapter_name))
                 stack.enter_context(self.adapter_bank.changing)
@@ -285,11 +330,26 @@ class PeftModel(AdapterFiles):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Adapter {adapter_name} not found.")
-        self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+        if self._is_prompt_learning:
+            _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
+        elif adapter_name in self._prompt_configs:  # of LoRA's adapters none is active then
+            self.base_model.set_adapter([], inference_mode=inference_mode)
+            _set_adapter(self.base_model, adapter_name, inference_mode=inference_mode)
+            self._train_prompt(None if inference_mode else adapter_name)
+        else:
+            self.base_model.set_adapter(adapter_name, inference_mode=inference_mode)
+            self._train_prompt(None)
         self.active_adapter = adapter_name
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Make these adapters trainable or frozen, whether or not they are active."""
+        """Make these adapters trainable or frozen, whether or not they are active.
+
+        Raises: TypeError with prompt learning, as in PEFT.
+        """
+        if self._is_prompt_learning:
+            raise TypeError(
+                f"Setting `requires_grad` is not supported for prompt learning methods like {self.peft_type.value}."
+            )
         self.base_model.set_requires_grad(adapter_names=adapter_names, requires_grad=requires_grad)
 
     @contextmanager
@@ -298,6 +358,10 @@ class PeftModel(AdapterFiles):
 
         Warns if only some layers were enabled: all are afterwards.
         """
+        if self._is_prompt_learning:
+            with self._without_prompts():
+                yield
+            return
         enabled = adapters_enabled(self.base_model)
         if enabled == "irregular":
             warnings.warn(
@@ -306,18 +370,18 @@ class PeftModel(AdapterFiles):
                 stacklevel=3,
             )
         # of several threads the first to come switches off and the last to leave switches on
-        with _SWITCHING:
+        with SWITCHING:
             if not self._disabled_by:
                 self._to_enable = enabled is not False
                 self._flags = [(parameter, parameter.requires_grad) for parameter in self.parameters()]
             self._disabled_by.append(threading.get_ident())
         try:
-            with _SWITCHING:
+            with SWITCHING:
                 self.base_model.disable_adapter_layers()
                 self._adapters_disabled = True
             yield
         finally:
-            with _SWITCHING:
+            with SWITCHING:
                 if len(self._disabled_by) == 1:
                     self._switch_on()
                 # last: until then other threads' calls know why the layers are switched off
@@ -334,7 +398,7 @@ class PeftModel(AdapterFiles):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether the adapter can be converted to LoRA."""
-        supports = getattr(self.base_model, "supports_lora_conversion", None)
+        supports = None if self._is_prompt_learning else getattr(self.base_model, "supports_lora_conversion", None)
         return bool(supports is not None and supports())
 
     def _add_head(self, peft_config: PeftConfig) -> None:
@@ -369,21 +433,6 @@ class PeftModel(AdapterFiles):
         """The status of all adapter layers together; "irregular" where they differ."""
         return get_model_status(self)
 
-    # -------------------------------------------------------------------------------------------- prompt learning
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
-        """The learned tokens of the active adapter. Raises: AttributeError, unless the adapter has some."""
-        raise self._only_for_prompt_learning("get_prompt")
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The learned tokens of an adapter as its file has them. Raises: AttributeError, unless it has some."""
-        raise self._only_for_prompt_learning("get_prompt_embedding_to_save")
-
-    def _only_for_prompt_learning(self, name: str) -> AttributeError:
-        return AttributeError(
-            f"{type(self).__name__} has no {name!r}: it belongs to prompt learning, and the adapters of this model are "
-            f"{self.peft_type.value}"
-        )
-
 
 def warn_if_in_prefix(adapter_name: str, peft_config: PeftConfig) -> None:
     """Warn of names that can be mistaken for a part of a parameter's name, as PEFT does."""
@@ -395,15 +444,3 @@ def warn_if_in_prefix(adapter_name: str, peft_config: PeftConfig) -> None:
             "This may lead to reinitialization of the adapter weights during loading.",
             stacklevel=3,
         )
-
-
-def _checkpoints_activations(model: nn.Module) -> bool:
-    """Whether the model uses gradient checkpointing; of a model that cannot tell, it is assumed."""
-    for name in ("is_activation_checkpointing", "is_gradient_checkpointing"):  # the second until transformers 5.20
-        if hasattr(type(model), name):
-            return bool(getattr(model, name))
-    return True
-
-
-def _require_grad(module: nn.Module, inputs: Any, output: Tensor) -> None:
-    output.requires_grad_(True)

@@ -22,6 +22,7 @@ from ..tuners._injection import Snapshot
 from ..utils._survey import survey_adapter
 from ..utils.initial_adapter import relative_to_initial
 from ..utils.offload import dispatch_again, take_hooks_off
+from ..utils.other import _prepare_prompt_learning_config
 from ..utils.save_and_load import (
     check_adapter_directory,
     get_peft_model_state_dict,
@@ -46,6 +47,9 @@ class AdapterFiles(PushToHubMixin, nn.Module):
     add_adapter: Callable[..., None]
     set_requires_grad: Callable[[str], None]
     _changing_adapters: Callable[..., AbstractContextManager[None]]
+    _is_prompt_learning: bool
+    _prompt_configs: dict[str, Any]
+    _forget_prompt: Callable[[str], None]
 
     # ----------------------------------------------------------------------------------------------------- saving
     def save_pretrained(
@@ -149,8 +153,9 @@ class AdapterFiles(PushToHubMixin, nn.Module):
                 ignore_mismatched_sizes; strict, to refuse a file that lacks weights instead of warning; device_map and
                 max_memory, for a base that accelerate offloads to the CPU.
         Returns: the class that the configuration's task_type says, or `cls` without one.
-        Raises: ValueError for files that are missing, malformed or do not belong to the model; RuntimeError ("size
-            mismatch") for shapes. The model is as it was then.
+        Raises: ValueError for files that are missing, malformed or do not belong to the model, and for a prompt
+            learning adapter with `is_trainable`, as in PEFT; RuntimeError ("size mismatch") for shapes. The model is as
+            it was then.
         """
         from ..auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 
@@ -161,16 +166,19 @@ class AdapterFiles(PushToHubMixin, nn.Module):
         directory = find_adapter(model_id, **_hub_kwargs(kwargs))
         config = PeftConfig.from_pretrained(directory) if config is None else config
         config.inference_mode = not is_trainable
+        _prepare_prompt(config, model)
         mismatched = kwargs.get("ignore_mismatched_sizes", False)
         check_adapter_directory(directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=mismatched)
-        if key_mapping is None:  # names that a new version of the architecture gave to its modules
+        if key_mapping is None and not config.is_prompt_learning:
+            # names that a new version of the architecture gave to its modules
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
         task = str(getattr(config.task_type, "value", config.task_type))
         target: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
         offloaded = take_hooks_off(model)
         before, had_config = Snapshot(model, adapter_name), hasattr(model, "peft_config")
+        wrapped: PeftModel | None = None
         try:
-            wrapped: PeftModel = target(
+            wrapped = target(
                 model,
                 config,
                 adapter_name,
@@ -181,6 +189,8 @@ class AdapterFiles(PushToHubMixin, nn.Module):
                 directory, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, key_mapping, kwargs
             )
         except BaseException:
+            if wrapped is not None:
+                wrapped._forget(adapter_name)
             before.restore()
             if not had_config and hasattr(model, "peft_config"):
                 del model.peft_config
@@ -232,6 +242,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             if is_new:
                 config = PeftConfig.from_pretrained(directory)
                 config.inference_mode = not is_trainable
+                _prepare_prompt(config, self.get_base_model())
                 check_adapter_directory(
                     directory,
                     config,
@@ -247,17 +258,31 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             )
         except BaseException:
             if is_new:
+                self._forget(adapter_name)
                 before.restore()
-                self.peft_config.pop(adapter_name, None)
             raise
+
+    def _forget(self, adapter_name: str) -> None:
+        """Take a new adapter's configuration and prompt away again; `Snapshot.restore` does the rest."""
+        if adapter_name in self._prompt_configs:
+            self._forget_prompt(adapter_name)
+        elif not self._is_prompt_learning:
+            self.base_model.peft_config.pop(adapter_name, None)
 
     def _load_registered(self, source: Any, adapter_name: str) -> None:
         """Load what `AdapterBank.register` was given: a directory, or a configuration and a state dict.
 
-        Raises: as `load_adapter`; ValueError for a state dict that lacks weights or has others. The model is as it was
-            then.
+        Raises: as `load_adapter`; ValueError for a state dict that lacks weights or has others, and for prompt
+            learning. The model is as it was then.
         """
-        if not isinstance(source, tuple):
+        is_directory = not isinstance(source, tuple)
+        saved = PeftConfig.from_pretrained(find_adapter(source)) if is_directory else source[0]
+        if saved.is_prompt_learning:
+            raise ValueError(
+                f"adapter {adapter_name!r} ({type(saved).__name__}) cannot be registered and read when it is needed: "
+                "add it with load_adapter"
+            )
+        if is_directory:
             self.load_adapter(source, adapter_name)
             return
         config, tensors = source
@@ -277,8 +302,8 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             check_finite(dict(tensors), f"adapter {adapter_name!r}")
             set_eval(self, adapter_name)
         except BaseException:
+            self._forget(adapter_name)
             before.restore()
-            self.peft_config.pop(adapter_name, None)
             raise
 
     def _load_weights(
@@ -301,7 +326,8 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             low_cpu_mem_usage=low_cpu_mem_usage,
             key_mapping=key_mapping,
         )
-        if low_cpu_mem_usage:  # the tensors of the file took the place of meta tensors, in their own dtype
+        if low_cpu_mem_usage and adapter_name not in self._prompt_configs:
+            # the tensors of the file took the place of meta tensors, in their own dtype
             self.base_model._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not is_trainable:
             set_eval(self, adapter_name)
@@ -327,6 +353,18 @@ def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     names = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
     return {key: value for key, value in kwargs.items() if key in names and value is not None}
+
+
+def _prepare_prompt(config: Any, base: nn.Module) -> None:
+    """For prompt learning: the sizes that follow from the base model, before the file is compared with them.
+
+    Raises: ValueError if it should be trainable, and as `_prepare_prompt_learning_config`.
+    """
+    if not config.is_prompt_learning:
+        return
+    if not config.inference_mode:
+        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
+    _prepare_prompt_learning_config(config, getattr(base, "config", {}))
 
 
 def _refuse_offload(ephemeral_gpu_offload: bool) -> None:

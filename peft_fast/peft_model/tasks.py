@@ -33,8 +33,8 @@ class _PeftModelWithHead(PeftModel):
         task_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the base model. input_ids, attention_mask: (B, T). inputs_embeds: (B, T, D). `task_ids` is for methods
-        that have tasks, and is not used by others. Raises: as `PeftModel.forward`."""
+        """As the base model. input_ids, attention_mask: (B, T). inputs_embeds: (B, T, D). Raises: as
+        `PeftModel.forward`."""
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -43,25 +43,28 @@ class _PeftModelWithHead(PeftModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=self._returns_dict(return_dict),
-            **kwargs,
+            **self._with_tasks(task_ids, kwargs),
         )
 
 
 class PeftModelForSequenceClassification(_PeftModelWithHead):
     """PeftModel for sequence classification; the modules "classifier" and "score" are trained and saved as well."""
 
+    _task = "SEQ_CLS"
     _head_names = ("classifier", "score")
 
 
 class PeftModelForTokenClassification(_PeftModelWithHead):
     """PeftModel for token classification; the modules "classifier" and "score" are trained and saved as well."""
 
+    _task = "TOKEN_CLS"
     _head_names = ("classifier", "score")
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """PeftModel for extractive question answering; the module "qa_outputs" is trained and saved as well."""
 
+    _task = "QUESTION_ANS"
     _head_names = ("qa_outputs",)
 
     def forward(
@@ -92,13 +95,14 @@ class PeftModelForQuestionAnswering(PeftModel):
             output_hidden_states=output_hidden_states,
             return_dict=self._returns_dict(return_dict),
             **{key: value for key, value in given.items() if value is not None},
-            **kwargs,
+            **self._with_tasks(task_ids, kwargs),
         )
 
 
 class PeftModelForCausalLM(PeftModel):
     """PeftModel for causal language modelling."""
 
+    _task = "CAUSAL_LM"
     _pipeline_tag = "text-generation"
 
     def forward(
@@ -122,12 +126,14 @@ class PeftModelForCausalLM(PeftModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
-            **kwargs,
+            **self._with_tasks(task_ids, kwargs),
         )
 
 
 class PeftModelForSeq2SeqLM(PeftModel):
     """PeftModel for sequence-to-sequence language modelling."""
+
+    _task = "SEQ_2_SEQ_LM"
 
     def forward(
         self,
@@ -157,12 +163,14 @@ class PeftModelForSeq2SeqLM(PeftModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
-            **kwargs,
+            **self._with_tasks(task_ids, kwargs),
         )
 
 
 class PeftModelForFeatureExtraction(PeftModel):
     """PeftModel for hidden states as features or embeddings."""
+
+    _task = "FEATURE_EXTRACTION"
 
     def forward(
         self,
@@ -183,5 +191,5 @@ class PeftModelForFeatureExtraction(PeftModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             return_dict=return_dict,
-            **kwargs,
+            **self._with_tasks(task_ids, kwargs),
         )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.interface import give_back
 from ..utils.constants import DUMMY_MODEL_CONFIG, EMBEDDING_LAYER_NAMES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import (
@@ -36,8 +37,10 @@ from ._matching import (
     match_target_against_key,
 )
 from ._offload import onload_layer
+from ._prompt_encoder import BasePromptEncoder
 
 __all__ = [
+    "BasePromptEncoder",
     "BaseTuner",
     "BaseTunerLayer",
     "NoMatchingPeftModuleError",
@@ -413,6 +416,7 @@ class BaseTuner(nn.Module):
                 setattr(site.parent, site.child_name, base)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
+        give_back(self.model)  # of prefixes beside the adapters
         if merge:
             self._untie_config_if_weights_differ()
         model: nn.Module = self.model

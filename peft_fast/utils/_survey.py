@@ -10,10 +10,13 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ..tuners.tuners_utils import BasePromptEncoder
 
 PREFIX = "base_model.model."
 # Levels that sharding wrappers add to module names and leave out of state dicts.
@@ -65,6 +68,8 @@ class Survey:
     layers: name in a file -> slot, for what its layers hold. auxiliary: the same for modules trained whole.
     duplicates: names under which PEFT writes some of those a second time. base: key -> slot of every base weight.
     tuner_layers: names of all layers that carry an adapter, this one or another.
+    encoder: of a prompt learning adapter, whose file names what follows without the tuner's level: such files come from
+    models that have no tuner; encoder_name: where it is.
     """
 
     layers: dict[str, Slot] = field(default_factory=dict)
@@ -72,6 +77,9 @@ class Survey:
     duplicates: dict[str, Slot] = field(default_factory=dict)
     base: dict[str, Slot] = field(default_factory=dict)
     tuner_layers: dict[str, nn.Module] = field(default_factory=dict)
+    encoder: BasePromptEncoder | None = None
+    encoder_name: str = ""
+    tuner_level: str = ""  # what the names in the file are without
     seen: set[int] = field(default_factory=set)
 
     @property
@@ -79,9 +87,15 @@ class Survey:
         """Everything that belongs to the adapter."""
         return {**self.layers, **self.auxiliary}
 
+    def file_name(self, key: str) -> str:
+        """The name in the file for a key that has no adapter's name in it."""
+        if self.tuner_level and key.startswith(self.tuner_level):
+            return "base_model." + key.removeprefix(self.tuner_level)
+        return key
+
     def visit(self, module: nn.Module, name: str, bare: str, adapter_name: str) -> None:
         """Add a module and what is below it."""
-        from ..tuners.tuners_utils import BaseTunerLayer
+        from ..tuners.tuners_utils import BasePromptEncoder, BaseTunerLayer
         from .other import AuxiliaryTrainingWrapper
 
         if id(module) in self.seen:
@@ -104,6 +118,12 @@ class Survey:
                     self.visit(child, join(name, "base_layer"), bare, adapter_name)
                 else:
                     self._add_own(module, attribute, child, name, adapter_name)
+        elif isinstance(module, BasePromptEncoder):
+            if name.rpartition(".")[2] == adapter_name:
+                self.encoder, self.encoder_name = module, name
+                for file_name, key in module.file_tensors().items():
+                    owner, _, attribute = key.rpartition(".")
+                    self.layers[file_name] = Slot(join(name, key), module.get_submodule(owner), attribute)
         else:
             for attribute in _tensor_names(module):
                 key = join(name, attribute)
@@ -164,15 +184,13 @@ def survey_adapter(model: nn.Module, adapter_name: str) -> Survey:
                 module.reshard()
     survey = Survey()
     survey.visit(model, "", "", adapter_name)
+    if survey.encoder is not None and hasattr(type(getattr(model, "base_model", None)), "tuner_layer_cls"):
+        survey.tuner_level = PREFIX
+        for slots in (survey.auxiliary, survey.duplicates, survey.base):
+            renamed = {survey.file_name(name): slot for name, slot in slots.items()}
+            slots.clear()
+            slots.update(renamed)
     return survey
-
-
-def checked_config(model: Any, adapter_name: str) -> Any:
-    """The adapter's config. Raises: ValueError for a method whose files are not supported yet."""
-    config = model.peft_config[adapter_name]
-    if getattr(config, "is_prompt_learning", False):
-        raise ValueError(f"adapter {adapter_name!r}: files of prompt learning are not supported by peft_fast yet")
-    return config
 
 
 def bias_names(survey: Survey, bias: str) -> dict[str, Slot]:
@@ -211,7 +229,7 @@ def embedding_names(survey: Survey, layer: nn.Module) -> dict[str, Slot]:
 
 def missing_prefix(survey: Survey, names: Mapping[str, Any]) -> str:
     """ "base_model.model." if the file's names have it and the model, which is no PeftModel, has not; else ""."""
-    if any(key.startswith(PREFIX) for key in (*survey.base, *survey.tuner_layers)):
+    if survey.encoder is not None or any(key.startswith(PREFIX) for key in (*survey.base, *survey.tuner_layers)):
         return ""
     return PREFIX if any(name.startswith(PREFIX) for name in names) else ""
 

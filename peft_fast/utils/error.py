@@ -7,3 +7,9 @@ class PeftError(Exception):
 
 class NoMatchingPeftModuleError(PeftError, ValueError):
     """The adapter's configuration matches no module of the base model."""
+
+
+class UnknownTaskError(PeftError, ValueError, KeyError):
+    """Prompt learning needs a task_type that says how tokens are put before the text."""
+
+    __str__ = Exception.__str__  # KeyError's own puts the message into quotes

@@ -16,6 +16,7 @@ from ..checkpoint import (
     WeightsFile,
     check_config,
     check_finite,
+    check_prompt_shapes,
     check_ranks,
     check_tensors,
     open_weights,
@@ -25,7 +26,6 @@ from ._survey import (
     Slot,
     Survey,
     bias_names,
-    checked_config,
     embedding_layers,
     embedding_names,
     join,
@@ -46,14 +46,16 @@ def check_adapter_directory(
     """Check a local adapter directory against its config BEFORE anything is injected; reads the header only.
 
     Call it with the config that will be injected, then inject, then `load_adapter_weights`. After it, injecting cannot
-    allocate more than the file's own ranks and sizes justify (`r=10**9` is refused here).
+    allocate more than the file's own ranks and sizes justify (`r=10**9` is refused here). A prompt learning config has
+    its sizes from the base model (`_prepare_prompt_learning_config`).
 
     Returns: the opened weights. Raises: ValueError for a malformed file or numbers in the config that are not finite;
-    RuntimeError ("size mismatch") for ranks that the config does not allow.
+    RuntimeError ("size mismatch") for ranks and prompts of sizes that the config does not allow.
     """
     weights = open_weights(directory, adapter_name=adapter_name)
     check_config(config, weights.where)
     check_ranks(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    check_prompt_shapes(weights, config)
     return weights
 
 
@@ -83,19 +85,22 @@ def load_adapter_weights(
         low_cpu_mem_usage: the adapter was injected on the meta device.
         key_mapping: pattern -> replacement for the names in the file, as in `load_peft_weights`.
     Returns: (missing_keys, []): the adapter's keys that the file lacks; PEFT's warning about them has been given.
-    Raises: RuntimeError ("size mismatch") for shapes; ValueError for everything else that is wrong with the files.
+    Raises: RuntimeError ("size mismatch") for shapes; ValueError for everything else that is wrong with the files, and
+        for a prompt learning adapter with a network that is being trained, for which there is no way back.
     """
-    config = checked_config(model, adapter_name) if config is None else config
+    config = model.peft_config[adapter_name] if config is None else config
     weights = check_adapter_directory(
         directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
     weights.rename(key_mapping)
     survey = survey_adapter(model, adapter_name)
+    if survey.encoder is not None and survey.encoder.is_reparameterized:
+        raise ValueError(f"{weights.where}: {survey.encoder.no_way_back()}")
     prefix = missing_prefix(survey, weights.tensors)
     own = {prefix + name: slot for name, slot in survey.own.items()}
     duplicates = _duplicates(weights, prefix, survey)
     optional = {prefix + name: slot for name, slot in _optional_names(model, config, survey).items()} | duplicates
-    base = {prefix + name for slot in survey.base.values() for name in (slot.key, slot.bare)}
+    base = {prefix + survey.file_name(name) for slot in survey.base.values() for name in (slot.key, slot.bare)}
     checked = check_tensors(
         weights,
         _infos(own),
@@ -132,8 +137,8 @@ def _optional_names(model: Any, config: Any, survey: Survey) -> dict[str, Slot]:
     for slot in slots.values():
         if slot.bare:
             parent, _, attribute = slot.bare.rpartition(".")
-            names.setdefault(slot.bare, slot)
-            names.setdefault(join(parent, "base_layer", attribute), slot)
+            names.setdefault(survey.file_name(slot.bare), slot)
+            names.setdefault(survey.file_name(join(parent, "base_layer", attribute)), slot)
     return names
 
 

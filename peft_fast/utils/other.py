@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._prompt_config import _prepare_prompt_learning_config
 from ._wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_layer_requires_grad, as_names
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "_get_submodules",
     "_get_submodules_with_grandparent",
     "_is_valid_match",
+    "_prepare_prompt_learning_config",
     "_set_adapter",
     "_set_layer_requires_grad",
     "_set_trainable",

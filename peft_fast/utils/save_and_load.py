@@ -20,9 +20,9 @@ from ._survey import (
     Slot,
     Survey,
     bias_names,
-    checked_config,
     embedding_layers,
     embedding_names,
+    join,
     missing_prefix,
     move_to_base_layers,
     survey_adapter,
@@ -54,11 +54,11 @@ def get_peft_model_state_dict(
             which is looked for on this machine only.
     Returns: in PEFT's order. Biases are added as `config.bias` says; tensors may share memory with the model.
     Raises: KeyError for an unknown adapter; RuntimeError if a sharded tensor (DTensor) cannot be gathered: call this on
-        all ranks; ValueError for a method that is not supported.
+        all ranks.
     """
     if unwrap_compiled:
         model = getattr(model, "_orig_mod", model)
-    config = checked_config(model, adapter_name)
+    config = model.peft_config[adapter_name]
     given = state_dict is not None
     source: Mapping[str, Any] = model.state_dict() if state_dict is None else state_dict
     survey = survey_adapter(model, adapter_name)
@@ -74,9 +74,25 @@ def get_peft_model_state_dict(
         for name, slot in entries.items():
             names.setdefault(name, slot.key)
     result = {name: _gathered(name, source[key], adapter_name) for name, key in names.items() if key in source}
+    result.update(_prompt_tensors(survey, source, adapter_name))
     if not given:
         _warn_if_partitioned(result, adapter_name)
     return result
+
+
+def _prompt_tensors(survey: Survey, source: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+    """What an encoder gives to a file: its tensors, with what its network makes of the embedding, if it has one."""
+    encoder = survey.encoder
+    if encoder is None:
+        return {}
+    weights = {
+        name: _gathered(name, source.get(join(survey.encoder_name, name), tensor), adapter_name)
+        for name, tensor in encoder.state_dict().items()
+    }
+    tensors = {name: weights[key] for name, key in encoder.file_tensors().items()}
+    if encoder.is_reparameterized:
+        tensors["prompt_embeddings"] = encoder.prompt_embeddings(weights).cpu()
+    return tensors
 
 
 def _embeddings_to_save(model: Any, config: Any, survey: Survey, choice: bool | Literal["auto"]) -> dict[str, Slot]:
@@ -199,10 +215,17 @@ def set_peft_model_state_dict(
         ignore_mismatched_sizes: skip tensors of another shape with a warning instead of raising.
         low_cpu_mem_usage: the adapter is on the meta device: the tensors take its place.
     Returns: (missing_keys, unexpected_keys); missing are all keys of the model that were not given, base included.
-    Raises: KeyError for an unknown adapter; RuntimeError ("size mismatch") for another shape.
+    Raises: KeyError for an unknown adapter, and for prompt learning without "prompt_embeddings"; RuntimeError ("size
+        mismatch") for another shape; ValueError for a prompt learning adapter with a network that is being trained.
     """
-    checked_config(model, adapter_name)
+    if adapter_name not in model.peft_config:
+        raise KeyError(adapter_name)
     survey = survey_adapter(model, adapter_name)
+    if survey.encoder is not None:
+        if survey.encoder.is_reparameterized:
+            raise ValueError(f"adapter {adapter_name!r}: {survey.encoder.no_way_back()}")
+        if "prompt_embeddings" not in peft_model_state_dict:
+            raise KeyError(f"adapter {adapter_name!r}: the state dict has no 'prompt_embeddings'")
     slots = {name: slot for name, slot in survey.own.items()}
     prefix = missing_prefix(survey, peft_model_state_dict)
     state_dict = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -11,16 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter_bank import AdapterBank
-from ...routing import MixedBatch, current, sequence_lengths, use, wrong_length
+from ...routing import MixedBatch, check_names, current, number_of_rows, sequence_lengths, use, wrong_length
 from ...utils.other import as_names
 from .._adapters import tuner_layers
 from .base import LoraLayer, check_not_merged
 
-# the arguments of a forward or generate that have the rows of the batch as their first dimension
-_ROWS = (
-    *("input_ids", "inputs_embeds", "inputs", "input_features", "input_values", "encoder_outputs"),
-    *("decoder_input_ids", "decoder_inputs_embeds", "pixel_values"),
-)
 _SEQUENCES = ("cu_seq_lens_q", "cu_seqlens")
 _CREATING = threading.Lock()
 
@@ -98,6 +93,7 @@ class MixedBatches(nn.Module):
         adapter_names: Sequence[str] | None = None,
         adapter_ids: Tensor | None = None,
         packed: bool = False,
+        beside: Container[str] = (),
     ) -> Iterator[None]:
         """Let what this thread runs of the base model inside the `with` take an adapter for each row.
 
@@ -109,6 +105,7 @@ class MixedBatches(nn.Module):
             adapter_ids: (rows,) int32 from `adapter_slots`, -1 for none. Nothing depends on its values but the result,
                 so one compiled or captured graph serves all of them.
             packed: they are for each token of a batch of one row, which holds several sequences.
+            beside: names of adapters of another method, whose rows these layers leave alone.
         Raises: ValueError for unknown names, in training mode, or while adapters are merged; TypeError for names that
             are no list.
         """
@@ -126,60 +123,48 @@ class MixedBatches(nn.Module):
             with use(MixedBatch(slots=adapter_ids, bank=bank, packed=packed)):
                 yield
             return
-        _check_names(adapter_names)
-        with bank.using(adapter_names):  # type: ignore[arg-type]
+        check_names(adapter_names)
+        with bank.using(name for name in adapter_names if name not in beside):  # type: ignore[union-attr]
             check_not_merged(bank.layers)
-            with use(MixedBatch(names=adapter_names, bank=bank, packed=packed)):
+            with use(MixedBatch(names=adapter_names, bank=bank, packed=packed, beside=beside)):
                 yield
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Raises: as `mixed_batch`; ValueError where the number of names is not that of the rows, or of the sequences
-        packed into one row."""
+    def _enable_peft_forward_hooks(self, *args: Any, beside: Container[str] = (), **kwargs: Any) -> Iterator[None]:
+        """Enter what a call's arguments say.
+
+        Raises: as `mixed_batch`; ValueError where the number of names is not that of the rows, or of the sequences
+            packed into one row.
+        """
         if kwargs.get("alora_offsets") is not None:
             raise ValueError("alora_offsets is not supported by peft_fast yet; activate one adapter with set_adapter")
         names, ids = kwargs.get("adapter_names"), kwargs.get("adapter_ids")
         if names is None and ids is None:
             batch = current()
             # neither another model's batch is ours, nor that of a call which this one is inside of
-            entered = batch is not None and batch.bank is self.__dict__.get("_bank") and not batch.of_one_call
+            bank = self.__dict__.get("_bank")
+            entered = batch is not None and bank is not None and batch.bank is bank and not batch.of_one_call
             with nullcontext() if batch is None or entered else use(None):
                 yield
             return
-        packed, rows = False, _number_of_rows(args, kwargs)
+        packed, rows = False, number_of_rows(args, kwargs)
         if names is not None:
-            _check_names(names)
+            check_names(names)
             if rows is not None and len(names) != rows:
                 names, packed = _names_of_tokens(names, rows, kwargs), True
         if ids is not None:
             _check_ids(ids)
             if rows is not None and ids.shape[0] != rows:
                 ids, packed = _ids_of_tokens(ids, rows, kwargs), True
-        with self.mixed_batch(names, ids, packed):
+        with self.mixed_batch(names, ids, packed, beside):
             current().of_one_call = True  # type: ignore[union-attr]
             yield
-
-
-def _check_names(names: Any) -> None:
-    if not isinstance(names, list | tuple):
-        raise TypeError(f"Got adapter names of type {type(names)}, expected a list of str.")
 
 
 def _check_ids(ids: Tensor) -> None:
     if not isinstance(ids, Tensor) or ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64):
         found = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids)
         raise TypeError(f"adapter_ids must be an int32 tensor (rows,) of slot ids from adapter_slots, got {found}")
-
-
-def _number_of_rows(args: Sequence[Any], kwargs: dict[str, Any]) -> int | None:
-    known = [*args[:1], *(kwargs.get(name) for name in _ROWS)]
-    others = [value for name, value in kwargs.items() if name != "adapter_ids"]  # a model with names of its own
-    for value in (*known, *others):
-        if isinstance(value, Tensor) and value.ndim > 0:
-            return value.shape[0]
-        if value is not None and hasattr(value, "last_hidden_state"):
-            return int(value.last_hidden_state.shape[0])
-    return None
 
 
 def _names_of_tokens(names: Sequence[str], rows: int, kwargs: dict[str, Any]) -> list[str]:

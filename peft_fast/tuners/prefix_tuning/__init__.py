@@ -1,5 +1,6 @@
-"""Prefix tuning: its configuration, so that PEFT's files and dictionaries are understood. The method comes later."""
+"""Prefix tuning: learned keys and values before those of the text, in every layer. Li and Liang 2021."""
 
 from .config import PrefixTuningConfig
+from .model import PrefixEncoder
 
-__all__ = ["PrefixTuningConfig"]
+__all__ = ["PrefixEncoder", "PrefixTuningConfig"]

@@ -14,12 +14,11 @@ __all__ = ["PrefixTuningConfig"]
 class PrefixTuningConfig(PromptLearningConfig):
     """Configuration of prefix tuning: learned keys and values before those of the text, in every layer.
 
-    A model cannot be made of it yet: `PeftModel` refuses it by name.
-
-    Args:
+    Args: those of `PromptLearningConfig`, and
         init_weights: None (random) or "zero".
-        encoder_hidden_size: hidden size of the projection, when there is one.
-        prefix_projection: learn the prefix through a small MLP.
+        encoder_hidden_size: hidden size of the projection; None: the model's.
+        prefix_projection: learn the prefix through an MLP of two layers. Files hold its output.
+    Raises: as `PromptLearningConfig`.
     Source: Li and Liang 2021, arXiv:2101.00190.
     """
 

@@ -1,0 +1,119 @@
+"""Learned tokens before the embeddings of the text: prompt tuning, P-tuning, multitask prompt tuning.
+
+Shapes are PEFT's: logits of the virtual tokens stay in the output, labels of language models are padded to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .utils.other import shift_tokens_right
+
+__all__ = ["SoftPromptCall", "before_the_encoder"]
+
+IGNORED = -100  # label of a token that has no loss
+
+
+class SoftPromptCall:
+    """The learned tokens of one call.
+
+    Args:
+        base: the base model. embed: its embedding of words.
+        prompts: (1, P, D), or (units, P, D) where every row of the call has its own.
+        virtual: number of virtual tokens; P is twice that for an encoder with a decoder.
+        task: such as "CAUSAL_LM". in_decoder: the decoder of a sequence-to-sequence model has learned tokens too.
+    """
+
+    def __init__(
+        self, base: nn.Module, embed: nn.Module, prompts: Tensor, virtual: int, task: str, in_decoder: bool = False
+    ) -> None:
+        self.base, self.embed, self.prompts, self.virtual = base, embed, prompts, virtual
+        self.task, self.in_decoder = task, in_decoder
+        self.running: nn.Module | None = None
+
+    def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The forward's arguments with the learned tokens. Raises: ValueError for arguments that cannot make room."""
+        if self.task == "SEQ_2_SEQ_LM":
+            return self._seq2seq(kwargs)
+        cache = kwargs.get("past_key_values")
+        if getattr(cache, "is_compileable", False) and type(cache).__name__ != "DynamicCache":
+            raise ValueError(
+                "Learned tokens need room that a static cache does not have: generate with a dynamic cache, the default"
+            )
+        kwargs["position_ids"] = None  # PEFT's rule: the base counts them, virtual tokens included
+        if kwargs.get("token_type_ids") is not None:
+            if self.task in ("CAUSAL_LM", "FEATURE_EXTRACTION"):
+                kwargs["token_type_ids"] = None
+            else:
+                kwargs["token_type_ids"] = self._pad(kwargs["token_type_ids"], 0)
+        _pad_mask(self, kwargs, "attention_mask")
+        if cache is None or not cache.get_seq_length():
+            kwargs["inputs_embeds"] = self.before(kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
+            kwargs["input_ids"] = None
+        if kwargs.get("labels") is not None and self.task in ("CAUSAL_LM", "TOKEN_CLS"):
+            kwargs["labels"] = self._pad(kwargs["labels"], IGNORED)
+        for name in ("start_positions", "end_positions"):
+            if kwargs.get(name) is not None:  # of the text; logits have the virtual tokens before it
+                kwargs[name] = kwargs[name] + self.virtual
+        return kwargs
+
+    def before(self, embeds: Tensor | None, ids: Tensor | None, first: int = 0) -> Tensor:
+        """(rows, virtual + T, D): the learned tokens from `first` on, then the text.
+
+        Raises: ValueError if there is no text.
+        """
+        if embeds is None:
+            if ids is None:
+                raise ValueError("You have to provide either input_ids or inputs_embeds")
+            embeds = self.embed(ids)
+        prompts = self.prompts[:, first : first + self.virtual].to(embeds.device, embeds.dtype)
+        rows = embeds.shape[0]
+        if prompts.shape[0] == 1:
+            prompts = prompts.expand(rows, -1, -1)
+        elif rows != prompts.shape[0]:
+            if rows % prompts.shape[0]:
+                raise ValueError(f"task_ids: expected one for each of {rows} rows, got {prompts.shape[0]}")
+            prompts = prompts.repeat_interleave(rows // prompts.shape[0], 0)
+        return torch.cat([prompts, embeds], dim=1)
+
+    def _pad(self, tensor: Tensor, value: int) -> Tensor:
+        """(rows, T) -> (rows, virtual + T)."""
+        return torch.cat([tensor.new_full((tensor.shape[0], self.virtual), value), tensor], dim=1)
+
+    def _seq2seq(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        _pad_mask(self, kwargs, "attention_mask")
+        kwargs["inputs_embeds"] = self.before(kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
+        kwargs["input_ids"] = None
+        if not self.in_decoder:
+            return kwargs
+        ids, embeds, labels = (kwargs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
+        if ids is None and embeds is None and labels is not None:
+            config: Any = self.base.config
+            ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
+        kwargs["decoder_inputs_embeds"] = self.before(embeds, ids, first=self.virtual)
+        kwargs["decoder_input_ids"] = None
+        _pad_mask(self, kwargs, "decoder_attention_mask")
+        if labels is not None:
+            kwargs["labels"] = self._pad(labels, IGNORED)
+        return kwargs
+
+
+def before_the_encoder(call: SoftPromptCall, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a sequence-to-sequence model's generate with the learned tokens before the encoder's input."""
+    kwargs = dict(kwargs)
+    kwargs["inputs_embeds"] = call.before(None, kwargs.pop("input_ids"))
+    _pad_mask(call, kwargs, "attention_mask")
+    return kwargs
+
+
+def _pad_mask(call: SoftPromptCall, kwargs: dict[str, Any], name: str) -> None:
+    mask = kwargs.get(name)
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name} must be (rows, tokens) where learned tokens are put before the text, got {found}")
+    kwargs[name] = call._pad(mask, 1)
