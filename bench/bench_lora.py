@@ -5,11 +5,13 @@ samples of its provider to pytest-benchmark, which makes the statistics and the 
 """
 
 import itertools
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import torch
 
 from . import measure, model_cases, providers
 from .cases import ModelCase, OpCase
@@ -53,6 +55,15 @@ class Measured:
             for to in (base, "peft"):
                 if to in self.samples and to != name:
                     self.info[name][f"ratio_to_{to.replace(' ', '_')}"] = measure.ratio(self.samples, name, to)
+
+    def add_strongest(self, rivals: Sequence[str]) -> None:
+        """Of peft_fast: its time over that of the rival with the least median, in the same round."""
+        found = [name for name in rivals if name in self.samples]
+        if "peft_fast" in self.samples and found:
+            best = min(found, key=lambda name: statistics.median(self.samples[name]))
+            self.info["peft_fast"] |= {
+                "strongest": best, "ratio_to_strongest": measure.ratio(self.samples, "peft_fast", best),
+            }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +130,9 @@ def measured_model(model_case: ModelCase, session: Session) -> Measured:
             continue
         functions[name] = model_cases.runner(model_case, model)
     if model_case.mode == "train":
-        add_memory(model_case, models, functions, result, session)
+        given = {name: model_cases.inputs(model_case, model) for name, model in models.items()}
+        losses = {name: lambda m=model, name=name: m(**given[name]).loss for name, model in models.items()}
+        add_memory(functions, losses, models, result, session.device)
     result.samples = measure.interleaved(functions, session.device, session.model_seconds, min_rounds=5)
     result.add_ratios("base")
     return result
@@ -134,21 +147,20 @@ def model_work(case: ModelCase, model: Any) -> dict[str, float]:
 
 
 def add_memory(
-    case: ModelCase,
+    steps: dict[str, Callable[[int], Any]],
+    losses: Mapping[str, Callable[..., Any]],
     models: dict[str, Any],
-    functions: dict[str, Callable[[int], Any]],
     result: Measured,
-    session: Session,
+    device: torch.device,
 ) -> None:
     """Growth of memory over a step: at its peak, and what autograd keeps between forward and backward."""
-    for name, function in functions.items():
-        function(0)
-        with measure.PeakMemory(session.device) as memory:
-            function(0)
-        given = model_cases.inputs(case, models[name])
-        kept = measure.saved_bytes(lambda m=models[name], given=given: m(**given).loss, list(models[name].parameters()))
+    for name, step in steps.items():
+        step(0)
+        with measure.PeakMemory(device) as memory:
+            step(0)
+        kept = measure.saved_bytes(losses[name], list(models[name].parameters()))
         result.info[name] |= {"peak_bytes": memory.bytes, "saved_bytes": kept}
-    for name in functions:
+    for name in steps:
         for what in ("peak_bytes", "saved_bytes"):
             result.info[name][f"{what}_to_base"] = round(result.info[name][what] / result.info["base"][what], 4)
 

@@ -1,7 +1,8 @@
-"""What is measured, as data: LoRA at single linear sites, whole models, mixed batches. Nothing here runs anything."""
+"""What is measured, as data: LoRA at single sites and in models, mixed batches, prefixes. Nothing here runs."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 BYTES = {"bf16": 2, "fp32": 4}
 MIXED_RANKS = (16, 4, 64, 8, 32)  # of the adapters in mixed batches, in turn
@@ -160,6 +161,115 @@ class MixedDecodeCase:
         return [f"a{i % self.distinct}" for i in range(self.rows)]
 
 
+@dataclass(frozen=True)
+class PrefixSiteCase:
+    """Attention of one layer whose rows have ``prefix`` learned tokens before ``tokens`` of text.
+
+    mode: "fwd" (all tokens, causal), "train" (forward and backward, to q, k, v and the prefix), "decode" (the last
+    token, the others are cached), "graph" (the same in a CUDA graph).
+    prefixes: how many different ones there are; rows take them in turn.
+    """
+
+    mode: str
+    rows: int
+    tokens: int
+    prefix: int
+    dtype: str = "fp32"
+    heads: int = 8
+    kv_heads: int = 2
+    head_size: int = 64
+    prefixes: int = 1
+
+    def __str__(self) -> str:
+        more = f"-{self.prefixes}prefixes" if self.prefixes > 1 else ""
+        return f"{self.mode}-{self.rows}x{self.tokens}-P{self.prefix}-{self.dtype}{more}"
+
+    @property
+    def queries(self) -> int:
+        """Of a row."""
+        return 1 if self.mode in ("decode", "graph") else self.tokens
+
+    def flops(self, prefix: bool) -> float:
+        """Two products of each query with each key that it sees; five more in the backward."""
+        own = self.tokens if self.queries == 1 else self.tokens * (self.tokens + 1) // 2
+        pairs = self.rows * self.heads * (own + self.queries * self.prefix * prefix)
+        return 2 * self.head_size * pairs * (7 if self.mode == "train" else 2)
+
+    def bytes(self, prefix: bool) -> float:
+        """The least that has to move: the prefix once, not once per row."""
+        element = BYTES[self.dtype] * self.head_size
+        queries = self.rows * self.heads * self.queries
+        own = 2 * self.rows * self.kv_heads * self.tokens
+        slots = 2 * self.kv_heads * self.prefix * self.prefixes * prefix
+        if self.mode == "train":  # backward: all of it again, the output's gradient, and those of what was read
+            return element * (2 * queries + own + slots + 4 * queries + 2 * own + 2 * slots)
+        return element * (2 * queries + own + slots)
+
+
+@dataclass(frozen=True)
+class PrefixPromptCase:
+    """From an encoder with a projection to the keys and values of all layers. mode: "fwd" or "train"."""
+
+    mode: str
+    rows: int
+    prefix: int
+
+    def __str__(self) -> str:
+        return f"prompt-{self.mode}-{self.rows}rows-P{self.prefix}"
+
+
+@dataclass(frozen=True)
+class PrefixModelCase:
+    """A Llama with a prefix of ``prefix`` learned tokens.
+
+    mode: "train" (forward, loss, backward, a step of AdamW), "generate" (``new`` tokens after ``tokens`` of prompt).
+    padded: prompts are from half as long to ``tokens``, padded on the left.
+    prefixes: how many different ones there are; rows take them in turn.
+    must: peft's time over peft_fast's must not be less.
+    size: "small", or "8b": four layers of Llama-3-8B's sizes.
+    """
+
+    mode: str
+    rows: int
+    tokens: int
+    prefix: int
+    dtype: str = "fp32"
+    prefixes: int = 1
+    padded: bool = False
+    new: int = 32
+    must: float | None = None
+    size: str = "small"
+
+    def __str__(self) -> str:
+        more = (f"-{self.prefixes}prefixes" if self.prefixes > 1 else "") + "-padded" * self.padded
+        return f"{self.mode}-{self.rows}x{self.tokens}-P{self.prefix}-{self.dtype}{more}"
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter of each row."""
+        return [f"a{i % self.prefixes}" for i in range(self.rows)]
+
+
+@dataclass(frozen=True)
+class PrefixDecodeCase:
+    """A decode step of a Llama with the sizes of the 8B: ``rows`` sequences with 128 tokens behind them."""
+
+    rows: int
+    prefix: int
+    prefixes: int = 1
+
+    def __str__(self) -> str:
+        more = f"-{self.prefixes}prefixes" if self.prefixes > 1 else ""
+        return f"decode-{self.rows}rows-P{self.prefix}{more}"
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter of each row."""
+        return [f"a{i % self.prefixes}" for i in range(self.rows)]
+
+
+PrefixCase = PrefixSiteCase | PrefixPromptCase | PrefixModelCase | PrefixDecodeCase
+
 # Llama-3-8B; qkv and gate_up as one matrix each
 LLAMA_8B = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
 # a quarter of its sizes: what one CPU core can take
@@ -223,6 +333,32 @@ def cpu_manage(quick: bool) -> Iterator[ManageCase]:
         yield ManageCase(nth, rounds)
 
 
+def cpu_prefix(quick: bool) -> Iterator[PrefixCase]:
+    """Attention, the way from the encoder to it, and whole models, in sizes that fit one core."""
+    if quick:
+        for mode in ("fwd", "train", "decode"):
+            yield PrefixSiteCase(mode, 4, 24, 20)
+        yield PrefixSiteCase("train", 4, 24, 20, "bf16", prefixes=2)
+        yield PrefixPromptCase("train", 4, 20)
+        yield PrefixModelCase("train", 4, 16, 20, must=1.0)
+        yield PrefixModelCase("generate", 4, 8, 20, new=4, must=1.0)
+        yield PrefixModelCase("generate", 4, 8, 20, new=4, prefixes=2, padded=True)
+        return
+    for mode, tokens in (("fwd", 128), ("train", 128), ("decode", 256)):
+        for prefix in (20, 128, 512, 1024):
+            yield PrefixSiteCase(mode, 8, tokens, prefix)
+        yield PrefixSiteCase(mode, 8, tokens, 128, "bf16")
+        yield PrefixSiteCase(mode, 8, tokens, 128, prefixes=4)
+    for mode in ("fwd", "train"):
+        yield PrefixPromptCase(mode, 16, 128)
+    yield PrefixModelCase("train", 16, 64, 128, must=1.0)
+    yield PrefixModelCase("train", 16, 64, 512)
+    yield PrefixModelCase("train", 16, 64, 128, "bf16")
+    yield PrefixModelCase("generate", 16, 32, 128, must=1.0)
+    yield PrefixModelCase("generate", 16, 32, 128, padded=True)
+    yield PrefixModelCase("generate", 16, 32, 128, prefixes=4)
+
+
 def gpu_ops(step: str) -> Iterator[OpCase]:
     """Steps of the GPU campaign: "forward" (sites, sizes, ranks), "decode" (eager, graphs), "backward" (beside peft).
 
@@ -258,6 +394,30 @@ def gpu_mixed(step: str) -> Iterator[MixedOpCase | MixedDecodeCase]:
         yield MixedDecodeCase(128, 128, 128)
 
 
+def gpu_prefix(step: str) -> Iterator[PrefixCase]:
+    """Steps of the GPU campaign with prefixes: attention forward, with backward, decode; models end to end."""
+    sizes: dict[str, Any] = dict(dtype="bf16", heads=32, kv_heads=8, head_size=128)
+    if step in ("prefix-fwd", "prefix-train"):
+        for prefix in (20, 128, 512, 1024):
+            yield PrefixSiteCase(step.removeprefix("prefix-"), 8, 512, prefix, **sizes)
+        yield PrefixSiteCase(step.removeprefix("prefix-"), 4, 2048, 128, **sizes)
+        yield PrefixSiteCase(step.removeprefix("prefix-"), 8, 512, 128, prefixes=8, **sizes)
+    elif step == "prefix-decode":
+        for rows in (16, 64, 256):
+            for prefix in (20, 128, 512, 1024):
+                yield PrefixSiteCase("graph", rows, 512, prefix, **sizes)
+        yield PrefixSiteCase("decode", 64, 512, 128, **sizes)
+        yield PrefixSiteCase("graph", 64, 128, 1024, **sizes)
+        yield PrefixSiteCase("graph", 64, 512, 128, prefixes=8, **sizes)
+    elif step == "prefix-model":
+        for prefix in (128, 512):
+            yield PrefixModelCase("train", 8, 512, prefix, "bf16", size="8b")
+        for rows, prefix in ((16, 128), (64, 128), (64, 512), (64, 1024)):
+            yield PrefixDecodeCase(rows, prefix)
+        yield PrefixDecodeCase(64, 128, prefixes=8)
+
+
 LORA_STEPS = ("ceilings", *(f"forward-{site}" for site, _, _ in LLAMA_8B), "decode", "backward")
 MIXED_STEPS = ("mixed", "mixed-model")
-GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS)
+PREFIX_STEPS = ("prefix-fwd", "prefix-train", "prefix-decode", "prefix-model")
+GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS, *PREFIX_STEPS)

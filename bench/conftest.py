@@ -39,6 +39,7 @@ class Session:
         self.seconds = 0.2 if self.dry else 3.0 if on_gpu else 1.0 if self.quick else 2.5
         self.model_seconds = 5.0 if self.quick else 30.0
         self.mixed_seconds = 0.5 if self.quick else 4.0
+        self.prefix_seconds = 0.5 if self.quick or self.dry else 12.0
         self.wrong: list[dict[str, Any]] = []
         self.started = time.time()
         self.load = os.getloadavg()[0]
@@ -114,17 +115,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Cases are data: the options say which."""
     session = metafunc.config.stash[_SESSION]
     if "op_case" in metafunc.fixturenames:
-        found = list(cases.gpu_ops(session.step) if session.step else cases.cpu_ops(session.quick))
+        ops = list(cases.gpu_ops(session.step) if session.step else cases.cpu_ops(session.quick))
         if session.dry:
-            found = sorted(set(map(_tiny, found)), key=str)
-        metafunc.parametrize("op_case", found, ids=str, scope="module")
+            ops = sorted(set(map(_tiny, ops)), key=str)
+        metafunc.parametrize("op_case", ops, ids=str, scope="module")
         metafunc.parametrize("provider", session.op_providers)
     if "model_case" in metafunc.fixturenames:
         found_models = [] if session.step else list(cases.cpu_models(session.quick))
         metafunc.parametrize("model_case", found_models, ids=str, scope="module")
-    for name, found_mixed in _mixed(session).items():
+    for name, found in (_mixed(session) | _prefix(session)).items():
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, found_mixed, ids=str, scope="module")
+            metafunc.parametrize(name, found, ids=str, scope="module")
 
 
 def _mixed(session: Session) -> dict[str, list[Any]]:
@@ -144,6 +145,23 @@ def _mixed(session: Session) -> dict[str, list[Any]]:
             replace(c, rows=min(c.rows, 8), distinct=min(c.distinct, 4), loaded=6) for c in found["decode_case"][:2]
         ]
     return found
+
+
+def _prefix(session: Session) -> dict[str, list[Any]]:
+    """By fixture: the cases of bench_prefix."""
+    found = list(cases.gpu_prefix(session.step) if session.step else cases.cpu_prefix(session.quick))
+    if session.dry:
+        tiny = dict(rows=8, prefix=20)
+        site = tiny | dict(tokens=24, heads=4, kv_heads=2, head_size=16)
+        sizes: dict[type, Any] = {cases.PrefixSiteCase: site, cases.PrefixModelCase: tiny | dict(tokens=16)}
+        found = list(dict.fromkeys(replace(c, **sizes.get(type(c), tiny)) for c in found))
+    kinds = {
+        "prefix_site_case": cases.PrefixSiteCase,
+        "prefix_prompt_case": cases.PrefixPromptCase,
+        "prefix_model_case": cases.PrefixModelCase,
+        "prefix_decode_case": cases.PrefixDecodeCase,
+    }
+    return {name: [c for c in found if isinstance(c, kind)] for name, kind in kinds.items()}
 
 
 def _tiny(case: cases.OpCase) -> cases.OpCase:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .cases import MIXED_RANKS, MixedDecodeCase
 from .manage_cases import copy_adapter
 from .mixed_cases import add_updates, lora_sites
+from .model_cases import llama_8b
 from .providers import SCALING
 
 CONTEXT = 128
@@ -26,25 +27,10 @@ class Decoder:
     """The models. tiny: a hundredth of the size and a few adapters, to try the script on a CPU."""
 
     def __init__(self, device: torch.device, tiny: bool) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
         self.device, self.tiny, self.count = device, tiny, 0
-        self.layers = 2 if tiny else 32
-        sizes: dict[str, int] = dict(
-            hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
-        )
-        if tiny:
-            sizes |= dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, vocab_size=256)
-            sizes |= dict(num_key_value_heads=2)
-        self.config = LlamaConfig(num_hidden_layers=self.layers, max_position_embeddings=1024, **sizes)
-        torch.manual_seed(0)
-        with torch.device(device):
-            dtype = torch.get_default_dtype()
-            torch.set_default_dtype(torch.bfloat16)
-            try:
-                self.base = LlamaForCausalLM(self.config).requires_grad_(False).eval()
-            finally:
-                torch.set_default_dtype(dtype)
+        self.base = llama_8b(device, tiny=tiny)
+        self.config = self.base.config
+        self.layers = self.config.num_hidden_layers
         self.models: dict[str, Any] = {"base": self.base}
 
     @property
@@ -89,34 +75,8 @@ class Decoder:
             given["adapter_ids"] = self.models[which].adapter_slots(case.names)
         elif which != "base":
             given["adapter_names"] = case.names
-        step = self._step(self.models[which], case, given, torch.bfloat16)
-        return _captured(step) if provider.endswith("graph") else step
-
-    def _step(
-        self, model: Any, case: MixedDecodeCase, given: dict[str, Any], dtype: torch.dtype
-    ) -> Callable[[int], Tensor]:
-        from transformers import StaticCache
-
-        cache = StaticCache(config=self.config, max_cache_len=CONTEXT + 1)
-        heads, size = self.config.num_key_value_heads, self.config.hidden_size // self.config.num_attention_heads
-        generator = torch.Generator(self.device).manual_seed(1)
-        for layer in cache.layers:
-            past = torch.randn(2, case.rows, heads, CONTEXT, size, generator=generator, device=self.device).bfloat16()
-            layer.update(past[0].to(dtype), past[1].to(dtype))
-        lengths = [layer.cumulative_length for layer in cache.layers]
-        starts = [length.clone() for length in lengths]
-        ids = torch.randint(0, self.config.vocab_size, (case.rows, 1), generator=generator, device=self.device)
-        position = torch.full((case.rows, 1), CONTEXT, device=self.device)
-        mask = torch.ones(case.rows, 1, 1, CONTEXT + 1, dtype=torch.bool, device=self.device)
-        given = {**given, "input_ids": ids, "position_ids": position, "attention_mask": mask, "past_key_values": cache}
-
-        @torch.no_grad()
-        def step(i: int) -> Tensor:
-            torch._foreach_copy_(lengths, starts)  # the cache counts on by itself
-            logits: Tensor = model(**given).logits[:, -1]
-            return logits
-
-        return step
+        step = static_step(self.models[which], case.rows, given, torch.bfloat16)
+        return captured(step) if provider.endswith("graph") else step
 
     def release(self, case: MixedDecodeCase) -> None:
         """Give back the slot ids that the runners took."""
@@ -127,21 +87,63 @@ class Decoder:
 
     def exact(self, case: MixedDecodeCase, lora: bool) -> Tensor:
         """Logits in fp64 by the formula; one decoder layer at a time is in fp64, for all would not fit."""
-        model = copy.deepcopy(self.base, {id(p): p for p in self.base.parameters()})
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(case.names):
             rows.setdefault(name, []).append(row)
         sites = dict(lora_sites(self.models["peft"])) if lora else {}
-        inner = model.model
-        inner.layers = nn.ModuleList(
-            _InDouble(layer, {s.removeprefix(f"model.layers.{i}."): site for s, site in sites.items()
-                              if s.startswith(f"model.layers.{i}.")}, rows)
-            for i, layer in enumerate(inner.layers)
-        )  # fmt: skip
-        inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb = (
-            copy.deepcopy(part).double() for part in (inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb)
-        )
-        return self._step(model, case, {}, torch.float64)(0)
+        return static_step(in_double(self.base, sites, rows), case.rows, {}, torch.float64)(0)
+
+
+def past_of(config: Any, rows: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Random keys and values (2, rows, heads, CONTEXT, size) of each layer: bf16's numbers in ``dtype``."""
+    generator = torch.Generator(device).manual_seed(1)
+    shape = (2, rows, config.num_key_value_heads, CONTEXT, config.hidden_size // config.num_attention_heads)
+    layers = range(config.num_hidden_layers)
+    return [torch.randn(shape, generator=generator, device=device).bfloat16().to(dtype) for _ in layers]
+
+
+def next_ids(config: Any, rows: int, device: torch.device) -> Tensor:
+    """The token (rows, 1) that a step reads."""
+    generator = torch.Generator(device).manual_seed(2)
+    return torch.randint(0, config.vocab_size, (rows, 1), generator=generator, device=device)
+
+
+def static_step(model: Any, rows: int, given: dict[str, Any], dtype: torch.dtype) -> Callable[[int], Tensor]:
+    """A step on a static cache; each call computes the same place again. Returns logits (rows, vocabulary)."""
+    from transformers import StaticCache
+
+    config, device = model.config, next(model.parameters()).device
+    cache = StaticCache(config=config, max_cache_len=CONTEXT + 1)
+    for layer, (keys, values) in zip(cache.layers, past_of(config, rows, dtype, device), strict=True):
+        layer.update(keys, values)
+    lengths = [layer.cumulative_length for layer in cache.layers]
+    starts = [length.clone() for length in lengths]
+    position = torch.full((rows, 1), CONTEXT, device=device)
+    mask = torch.ones(rows, 1, 1, CONTEXT + 1, dtype=torch.bool, device=device)
+    given = {**given, "input_ids": next_ids(config, rows, device), "position_ids": position, "attention_mask": mask}
+
+    @torch.no_grad()
+    def step(i: int) -> Tensor:
+        torch._foreach_copy_(lengths, starts)  # the cache counts on by itself
+        logits: Tensor = model(**given, past_key_values=cache).logits[:, -1]
+        return logits
+
+    return step
+
+
+def in_double(base: Any, sites: dict[str, Any], rows: dict[str, list[int]]) -> Any:
+    """The base in fp64, one decoder layer at a time, for all would not fit; with the updates of the rows' adapters."""
+    model = copy.deepcopy(base, {id(p): p for p in base.parameters()})
+    inner = model.model
+    inner.layers = nn.ModuleList(
+        _InDouble(layer, {s.removeprefix(f"model.layers.{i}."): site for s, site in sites.items()
+                          if s.startswith(f"model.layers.{i}.")}, rows)
+        for i, layer in enumerate(inner.layers)
+    )  # fmt: skip
+    inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb = (
+        copy.deepcopy(part).double() for part in (inner.embed_tokens, inner.norm, model.lm_head, inner.rotary_emb)
+    )
+    return model
 
 
 class _InDouble(nn.Module):
@@ -158,7 +160,7 @@ class _InDouble(nn.Module):
         return layer(*args, **kwargs)
 
 
-def _captured(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
+def captured(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
     """A CUDA graph of a step; a call replays it and returns the tensor that it writes to."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -15,16 +15,39 @@ NAMES = ("base", "peft", "peft_fast")
 RANK = 16
 
 
-def base_model(hidden: int = 512, layers: int = 8) -> nn.Module:
+def base_model(hidden: int = 512, layers: int = 8, kv_heads: int = 8) -> nn.Module:
     """A random Llama in fp32, frozen; a small vocabulary, so that the output layer (not a LoRA site) hides nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=hidden, intermediate_size=hidden * 11 // 4, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=8, vocab_size=1024, max_position_embeddings=1024, use_cache=False,
+        num_key_value_heads=kv_heads, vocab_size=1024, max_position_embeddings=1024, use_cache=False,
     )  # fmt: skip
     return LlamaForCausalLM(config).requires_grad_(False)
+
+
+def llama_8b(device: torch.device, layers: int = 32, tiny: bool = False) -> Any:
+    """A random, frozen bf16 Llama of the 8B's sizes; tiny: a hundredth of them, to try a script on a CPU."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, int] = dict(
+        hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256
+    )
+    if tiny:
+        layers = min(layers, 2)
+        sizes = dict(
+            hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
+        )
+    config = LlamaConfig(num_hidden_layers=layers, max_position_embeddings=2048, **sizes)
+    torch.manual_seed(0)
+    dtype = torch.get_default_dtype()
+    with torch.device(device):
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return LlamaForCausalLM(config).requires_grad_(False).eval()
+        finally:
+            torch.set_default_dtype(dtype)
 
 
 def make_models(case: ModelCase, small: bool = False) -> dict[str, nn.Module]:

@@ -5,12 +5,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import report_mixed
+from . import report_mixed, report_prefix
 from .run import HERE, RESULTS, SUITES
 
 README = HERE.parent / "README.md"
-MARKS = {"lora": "cpu", "mixed": "mixed"}  # suite -> the block's name in README.md
-GROUPS = ("op", "model", "mixed", "flat", "manage", "mixed site", "decode")
+MARKS = {"lora": "cpu", "mixed": "mixed", "prefix": "prefix"}  # suite -> the block's name in README.md
+GROUPS = (
+    *("op", "model", "mixed", "flat", "manage", "mixed site", "decode"),
+    *("prefix attention", "prefix prompt", "prefix model", "prefix decode"),
+)
 # what the project aims at, peft_fast over the base model: time, and growth of memory in the training step
 TARGETS = {"forward-bf16": 1.2, "one-token-bf16": 1.15, "train-bf16-dropout": 1.25}
 MEMORY_TARGET, PEFT_LIMIT = 1.2, 1.05
@@ -23,12 +26,18 @@ LABELS = {
     "one-token-fp32": "one token, fp32",
     "train-fp32-dropout": "training step, fp32, dropout 0.05",
 }
+TITLES = {  # of the pictures with bars
+    "model": "Llama, all-linear LoRA r = 16",
+    "op": "One linear layer with LoRA",
+    "prefix attention": "Attention of one layer with a prefix",
+    "prefix model": "Llama with a prefix",
+}
 Rows = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> extra_info with median
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of ``python -m bench report``."""
-    parser.add_argument("file", nargs="?", type=Path, help="default: cpu.json and cpu-mixed.json of bench/results")
+    parser.add_argument("file", nargs="?", type=Path, help="default: those of all suites in bench/results")
     parser.add_argument("--readme", action="store_true", help="put the summary into README.md")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw the pictures here; default: beside the file")
 
@@ -50,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def suite_of(result: dict[str, Any]) -> str:
-    """The suite that a file is of, "lora" or "mixed"; files from before there were two are "lora"."""
+    """The suite that a file is of; files from before there were several are "lora"."""
     return str(result["peft_fast"].get("suite", "lora"))
 
 
@@ -95,6 +104,7 @@ def side_by_side(result: dict[str, Any]) -> str:
                 lines.append(f"{case:<{width}} {provider:<20} {_cells(info)}")
     slow = over_limit(result)
     lines += ["", *report_mixed.targets(rows_of(result, "mixed"), rows_of(result, "flat"))]
+    lines += report_prefix.targets(rows_of(result, "prefix attention"), rows_of(result, "prefix model"))
     lines += [f"peft_fast over peft: worst median ratio {slow[0]:.3f} ({slow[1]}), limit {PEFT_LIMIT}"]
     return "\n".join(lines)
 
@@ -139,10 +149,10 @@ def readme_table(result: dict[str, Any] | None) -> str:
     about = result["peft_fast"]
     if about["quick"] or about["dry"]:
         raise ValueError("README.md shows a whole run of `python -m bench run`, and this one was --quick or --dry")
+    if suite_of(result) != "lora":
+        return _readme_mixed(result) if suite_of(result) == "mixed" else _readme_prefix(result)
     lines = ["| | base | peft | peft_fast | peft_fast / peft |", "|---|---|---|---|---|"]
     rows = rows_of(result, "model")
-    if suite_of(result) == "mixed":
-        return _readme_mixed(result)
     for case, by_provider in rows.items():
         cells = [_time(by_provider["base"]["median"])]
         cells += [f"{by_provider[name]['ratio_to_base']['median']:.2f}x" for name in ("peft", "peft_fast")]
@@ -178,6 +188,21 @@ def _readme_mixed(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _readme_prefix(result: dict[str, Any]) -> str:
+    attention, prompts, models = (rows_of(result, f"prefix {what}") for what in ("attention", "prompt", "model"))
+    lines = report_prefix.readme_lines(attention, prompts, models, _time)
+    lines += [
+        "",
+        "P: learned tokens. Attention: 8 query heads, 2 of keys, size 64. Models: a Llama with hidden size 512 and 4 "
+        "layers of such heads. Medians of interleaved rounds, as multiples of the same without a prefix. `two calls`: "
+        "torch's flash attention of the text and of the prefix, merged by their logs of sums. With several prefixes, "
+        "rows take them in turn: peft generates for one after another, and its attention is shown as if it could mix "
+        "them. Memory: the most that tensors hold during a step, above what they held before. "
+        f"`python -m bench run --suite prefix` on {where(result)}.",
+    ]
+    return "\n".join(lines)
+
+
 def with_table(text: str, table: str, suite: str = "lora") -> str:
     """README's text with a suite's block between its two marks replaced. Raises: ValueError if they are not there."""
     begin, end = f"<!-- bench:{MARKS[suite]} -->", f"<!-- /bench:{MARKS[suite]} -->"
@@ -188,7 +213,7 @@ def with_table(text: str, table: str, suite: str = "lora") -> str:
 
 
 def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Bars of time over the base: one picture for the models, one for the single sites; two of mixed batches."""
+    """Bars of time over the base: one picture for models, one for single layers; two of mixed batches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -196,12 +221,13 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 
     groups = {group: rows_of(result, group) for group in ("mixed", "flat", "manage")}
     drawn = report_mixed.draw(groups, result["peft_fast"], folder, stem)
-    colors = {"plain torch": "#9a9a9a", "peft": "#d1774f", "peft_fast": "#3f7fb5"}
-    for group, title in (("model", "Llama, all-linear LoRA r = 16"), ("op", "One linear layer with LoRA")):
+    colors = {"plain torch": "#9a9a9a", "peft": "#d1774f", "concatenated": "#e8b79e"}
+    colors |= {"two calls": "#9a9a9a", "peft_fast": "#3f7fb5"}
+    for group, title in TITLES.items():
         rows = {c: p for c, p in rows_of(result, group).items() if "ratio_to_base" in p.get("peft_fast", {})}
         if not rows:
             continue
-        names = [n for n in colors if any(n in p for p in rows.values())]
+        names, shown = [n for n in colors if any(n in p for p in rows.values())], set[str]()
         figure, axes = plt.subplots(figsize=(8, 1.3 + 0.17 * len(rows) * (len(names) + 0.8)), layout="constrained")
         for at, (_case, by_provider) in enumerate(rows.items()):
             for shift, name in enumerate(names):
@@ -209,10 +235,11 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
                 if info is None:
                     continue
                 y, height = at + (shift - (len(names) - 1) / 2) * 0.8 / len(names), 0.8 / len(names)
-                axes.barh(y, info["median"], height=height, color=colors[name], label=name if at == 0 else None)
+                axes.barh(y, info["median"], height=height, color=colors[name], label=None if name in shown else name)
+                shown.add(name)
                 axes.text(info["median"] + 0.02, y, f"{info['median']:.2f}", va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_yticks(range(len(rows)), [LABELS.get(case, case) for case in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [LABELS.get(case) or report_prefix.label(case) for case in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(i["ratio_to_base"]["median"] for p in rows.values() for n, i in p.items()
                                     if n in names and "ratio_to_base" in i))  # fmt: skip
@@ -220,7 +247,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
         axes.set_title(f"{title}\n{result['peft_fast']['device']}, {result['peft_fast']['date']}", fontsize=10)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{stem}-{group}.png"
+        path = folder / f"{stem}-{group.split()[-1]}.png"
         figure.savefig(path, dpi=110)
         plt.close(figure)
         drawn.append(path)

@@ -6,11 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cases import GPU_STEPS, MIXED_STEPS
+from .cases import GPU_STEPS, MIXED_STEPS, PREFIX_STEPS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-SUITES = {"lora": "cpu", "mixed": "cpu-mixed"}  # suite -> stem of its result file; bench_SUITE.py has its tests
+# suite -> stem of its result file; bench_SUITE.py has its tests
+SUITES = {"lora": "cpu", "mixed": "cpu-mixed", "prefix": "cpu-prefix"}
+_STEPS = {"mixed": MIXED_STEPS, "prefix": PREFIX_STEPS}
+_CHOICES = ("PEFT_FAST_LORA", "PEFT_FAST_PREFIX")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,10 +21,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="few cases and a small model: does everything work?")
     parser.add_argument(
         "--suite", choices=SUITES, default="lora",
-        help="single adapters (default), or mixed: batches that mix adapters, and the management of adapters",
+        help="single adapters (default); mixed: batches that mix adapters, and the management of adapters; "
+        "prefix: attention with learned prefixes",
     )  # fmt: skip
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: bench/results/cpu.json, cpu-mixed.json, or gpu-STEP.json"
+        "--out", type=Path, metavar="FILE", help="default: bench/results/cpu.json, cpu-SUITE.json, or gpu-STEP.json"
     )
     parser.add_argument("--only", metavar="WORDS", help="only cases that match, as pytest -k")
     parser.add_argument(
@@ -32,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run pytest on bench_SUITE.py; non-zero if a result was wrong or anything failed."""
-    suite = args.suite if not args.gpu else "mixed" if args.gpu in MIXED_STEPS else "lora"
+    suite = args.suite
+    if args.gpu:
+        suite = next((name for name, steps in _STEPS.items() if args.gpu in steps), "lora")
     stem = f"gpu-{args.gpu}" if args.gpu else SUITES[suite] + "-quick" * args.quick
     out = args.out or RESULTS / f"{stem}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     environment = dict(os.environ)
     if not args.gpu or args.dry:
         environment |= dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
-    environment.pop("PEFT_FAST_LORA", None)  # a developer's choice must not decide what is measured
+    for name in _CHOICES:  # a developer's choice must not decide what is measured
+        environment.pop(name, None)
     command = [sys.executable, "-m", "pytest", str(HERE / f"bench_{suite}.py"), "-q", "-p", "no:cacheprovider"]
     command += [f"--benchmark-json={out}", "--benchmark-disable-gc", "--benchmark-columns=median,iqr,rounds"]
     command += ["--benchmark-group-by=group", "--benchmark-sort=name", "-W", "ignore", "--benchmark-warmup=off"]

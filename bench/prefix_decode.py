@@ -1,0 +1,89 @@
+"""A decode step end to end with prefixes, for the GPU campaign: a random Llama of the 8B's sizes.
+
+As ``mixed_decode``: ``CONTEXT`` tokens of random keys and values behind every row, the same place computed again by
+each call, one set of weights. Eagerly all have a dynamic cache, as generate has by default; peft's has the prefix of
+each row in it. In graphs there is a static cache, which peft cannot fill.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cases import PrefixDecodeCase
+from .mixed_decode import CONTEXT, captured, in_double, next_ids, past_of, static_step
+from .model_cases import llama_8b
+from .prefix_models import with_prefixes
+
+NAMES = ("base", "base graph", "peft", "peft_fast", "peft_fast graph")
+
+
+class PrefixDecoder:
+    """The models. tiny: a hundredth of the size, to try the script on a CPU."""
+
+    def __init__(self, device: torch.device, tiny: bool) -> None:
+        self.device = device
+        self.base = llama_8b(device, tiny=tiny)
+        self.config = self.base.config
+        self.layers = self.config.num_hidden_layers
+        self.models: dict[str, Any] = {"base": self.base}
+
+    def providers(self, case: PrefixDecodeCase) -> list[str]:
+        """Graphs on a GPU only, and of one prefix: names of adapters are looked up on the host."""
+        graphs = self.device.type == "cuda"
+        names = [name for name in NAMES if graphs or not name.endswith("graph")]
+        return [name for name in names if name != "peft_fast graph" or case.prefixes == 1]
+
+    def bring(self, case: PrefixDecodeCase) -> None:
+        """Have the prefixes of a case: random, as large as keys and values are."""
+        generator = torch.Generator(self.device).manual_seed(3)
+        model = with_prefixes("peft_fast", self.base, case.prefix, case.prefixes).eval()
+        self.tables = []
+        with torch.no_grad():
+            for encoder in model.prompt_encoder.values():
+                weight = encoder.embedding.weight
+                random = torch.randn(weight.shape, generator=generator, device=self.device) * 0.5
+                weight.copy_(random.bfloat16())
+                self.tables.append(weight.view(case.prefix, 2 * self.layers, self.config.num_key_value_heads, -1))
+        self.models["peft_fast"] = model
+
+    def runner(self, provider: str, case: PrefixDecodeCase) -> Callable[[int], Tensor]:
+        """The function to time: logits (rows, vocabulary) of the next token."""
+        model = self.models["peft_fast" if provider.startswith("peft_fast") else "base"]
+        given = {"adapter_names": case.names} if provider == "peft_fast" and case.prefixes > 1 else {}
+        if provider.endswith("graph"):
+            return captured(static_step(model, case.rows, given, torch.bfloat16))
+        return self._dynamic_step(model, case, given, torch.bfloat16, filled=provider == "peft")
+
+    def exact(self, case: PrefixDecodeCase, prefix: bool) -> Tensor:
+        """Logits in fp64, the prefix in the cache, without either library."""
+        return self._dynamic_step(in_double(self.base, {}, {}), case, {}, torch.float64, filled=prefix)(0)
+
+    def _dynamic_step(
+        self, model: Any, case: PrefixDecodeCase, given: dict[str, Any], dtype: torch.dtype, filled: bool
+    ) -> Callable[[int], Tensor]:
+        """filled: the prefix of each row stands in the cache, as generate leaves it to peft's base model."""
+        from transformers import DynamicCache
+
+        past = past_of(self.config, case.rows, dtype, self.device)
+        if filled:
+            past = [torch.cat([self._expanded(case, layer, dtype), old], dim=3) for layer, old in enumerate(past)]
+        cache = DynamicCache([(keys, values) for keys, values in past])
+        ids = next_ids(self.config, case.rows, self.device)
+        position = torch.full_like(ids, CONTEXT + case.prefix * filled)
+        given = {**given, "input_ids": ids, "position_ids": position}
+
+        @torch.no_grad()
+        def step(i: int) -> Tensor:
+            for layer, (keys, values) in zip(cache.layers, past, strict=True):
+                layer.keys, layer.values = keys, values
+            logits: Tensor = model(**given, past_key_values=cache).logits[:, -1]
+            return logits
+
+        return step
+
+    def _expanded(self, case: PrefixDecodeCase, layer: int, dtype: torch.dtype) -> Tensor:
+        """Keys and values (2, rows, heads, slots, size) of a layer's prefixes."""
+        of_row = [self.tables[i % case.prefixes][:, 2 * layer : 2 * layer + 2] for i in range(case.rows)]
+        return torch.stack(of_row).permute(2, 0, 3, 1, 4).to(dtype)
