@@ -13,6 +13,7 @@ from peft_fast.cli import generate_batches
 from peft_fast.cli.main import main
 
 NAMES = ("de", "fr", "it")
+PREFIXES = {"long": 8, "short": 3}  # name -> virtual tokens
 Json = dict[str, Any]
 
 
@@ -25,6 +26,18 @@ def save_adapters(base: Any, config: peft_fast.LoraConfig, directory: Path) -> N
         if "lora_" in name:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(directory)
+
+
+def save_prefixes(auto: Any, root: Path) -> Path:
+    """adapters/long and adapters/short for the base that is there: prefixes that change greedy tokens."""
+    for name, virtual in PREFIXES.items():
+        base = auto.from_pretrained(root / "base")
+        task = "SEQ_2_SEQ_LM" if base.config.is_encoder_decoder else "CAUSAL_LM"
+        config = peft_fast.PrefixTuningConfig(num_virtual_tokens=virtual, task_type=task)
+        model = peft_fast.get_peft_model(base, config, adapter_name=name)
+        torch.nn.init.normal_(model.prompt_encoder[name].embedding.weight, std=2.0)
+        model.save_pretrained(root / "adapters")
+    return root
 
 
 def save_llama(root: Path) -> Path:

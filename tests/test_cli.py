@@ -131,9 +131,10 @@ def test_info_names_versions_devices_and_choices(
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert torch.__version__.split("+")[0] in text and "transformers" in text and "cpu: " in text
-    assert "lora_linear" in text
-    monkeypatch.setenv("PEFT_FAST_LORA", "torch")
-    assert "PEFT_FAST_LORA=torch" in info.report()
+    assert "lora_linear" in text and "prefix_attention" in text and "forced" not in text
+    for variable in ("PEFT_FAST_LORA", "PEFT_FAST_PREFIX"):
+        monkeypatch.setenv(variable, "torch")
+        assert f"{variable}=torch: forced, nothing falls back" in info.report()
 
 
 def test_check_passes_a_good_directory(directories: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -142,6 +143,87 @@ def test_check_passes_a_good_directory(directories: tuple[Path, Path], capsys: p
     text = capsys.readouterr().out
     assert "LORA" in text and "8 tensors" in text and "every weight has its place" in text
     assert "--base" in check.report(adapter)
+
+
+@pytest.fixture(scope="module")
+def prompts(directories: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A saved adapter of each method of prompt learning, for the base of `directories`."""
+    from transformers import LlamaForCausalLM
+
+    found = {}
+    for method, fields in {
+        "PrefixTuning": {"prefix_projection": True, "encoder_hidden_size": 8},
+        "PromptTuning": {},
+        "PromptEncoder": {"encoder_hidden_size": 8},
+        "MultitaskPromptTuning": {"num_tasks": 3},
+    }.items():
+        config = getattr(peft_fast, f"{method}Config")(num_virtual_tokens=5, task_type="CAUSAL_LM", **fields)
+        found[method] = tmp_path_factory.mktemp("prompts") / method
+        base = LlamaForCausalLM.from_pretrained(directories[1])
+        peft_fast.get_peft_model(base, config).save_pretrained(found[method])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("PrefixTuning", "prompt_embeddings: 5 x 64, tokens x (keys and values of 2 layers, 2 heads of 8)"),
+        ("PromptTuning", "prompt_embeddings: 5 x 32, tokens x width of the embeddings"),
+        ("PromptEncoder", "prompt_embeddings: 5 x 32, tokens x width of the embeddings"),
+        ("MultitaskPromptTuning", "5 virtual tokens, 3 tasks; prompt_embeddings: 5 x 32"),
+    ],
+)
+def test_check_says_what_a_prompt_is(
+    method: str,
+    words: str,
+    prompts: dict[str, Path],
+    directories: tuple[Path, Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["check", str(prompts[method]), "--base", str(directories[1])]) == 0
+    text = capsys.readouterr().out
+    assert json.loads((prompts[method] / "adapter_config.json").read_text())["peft_type"] in text
+    assert "5 virtual tokens" in text and words in text and "every weight has its place" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "fields", "words"),
+    [
+        (lambda w: {"prompt_embeddings": w["prompt_embeddings"] * float("inf")}, {}, "infinity"),
+        (None, {"num_virtual_tokens": 6}, "size mismatch"),
+        (None, {"num_virtual_tokens": 10**12}, "size mismatch"),
+        (None, {"num_layers": 0}, "num_layers"),
+        (lambda w: {"other": w["prompt_embeddings"]}, {}, "'prompt_embeddings' is not in the file"),
+    ],
+    ids=["infinity", "tokens", "far too many", "no layers", "another tensor"],
+)
+def test_check_finds_in_prompts(
+    change: object,
+    fields: dict[str, object],
+    words: str,
+    prompts: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["check", str(changed(prompts["PrefixTuning"], tmp_path, change, **fields))]) == 1
+    assert words in one_line_error(capsys)
+
+
+def test_check_describes_a_prefix_whose_heads_are_not_known(prompts: dict[str, Path], tmp_path: Path) -> None:
+    assert "2 layers, 16 wide" in check.report(
+        changed(prompts["PrefixTuning"], tmp_path, None, num_attention_heads=None)
+    )
+
+
+def test_check_names_a_base_of_another_kind(
+    prompts: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import T5Config
+
+    T5Config(vocab_size=100, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4).save_pretrained(tmp_path)
+    assert main(["check", str(prompts["PrefixTuning"]), "--base", str(tmp_path)]) == 1
+    error = one_line_error(capsys)
+    assert "no AutoModelForCausalLM for 't5'" in error and "CAUSAL_LM" in error and len(error) < 300
 
 
 @pytest.mark.parametrize("with_base", [False, True], ids=["alone", "with base"])

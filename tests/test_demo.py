@@ -2,21 +2,26 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from peft_fast.cli import demo, demo_batch, demo_data, demo_report
 from peft_fast.cli.errors import CommandError
 from peft_fast.cli.main import main
 
-NAMES = list(demo_data.DOMAINS)
+NAMES = list(demo_data.NAMES)
+PREFIX = demo_data.CODE
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
 WINNING = {
     "base": {"a": 2.0, "b": 2.0},
     "a": {"a": 1.5, "b": 2.1},
@@ -43,6 +48,7 @@ def test_every_adapter_wins(finished: Path) -> None:
     for name in NAMES:
         assert losses[name][name] < losses["base"][name]
         assert losses[name][name] == min(losses[row][name] for row in losses)
+    assert losses["base"][PREFIX] - losses[PREFIX][PREFIX] > 0.03, "the prefix has learned something"
     assert (finished / "results.png").read_bytes().startswith(b"\x89PNG")
     assert not [path for path in finished.rglob("*") if path.name.startswith(".")], "left-over parts of atomic writes"
 
@@ -63,7 +69,7 @@ def test_peft_reads_the_adapters(finished: Path) -> None:
 def test_one_batch_for_all_adapters(finished: Path) -> None:
     """Its tokens are those of each adapter alone, here to the last one; the check sees a row with another adapter."""
     model = demo.load_adapters(finished / "base", finished / "adapters", NAMES, torch.device("cpu"))
-    rows = demo_batch.rows_for({name: demo_data.split(demo_data.package_docstrings(name))[1] for name in NAMES})
+    rows = demo_batch.rows_for({name: demo_data.split(demo_data.texts_of(name))[1] for name in NAMES})
     assert [row.adapter for row in rows] == [*NAMES, None] and len({len(row.ids) for row in rows}) > 1
     tokens = demo_batch.together(model, rows, 24)
     assert tokens.tolist() == torch.cat(demo_batch.one_by_one(model, rows, 24)).tolist()
@@ -78,10 +84,10 @@ def test_one_batch_for_all_adapters(finished: Path) -> None:
 
 def test_what_is_said_of_the_batch(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed = json.loads((finished / "results.json").read_text(encoding="utf-8"))["mixed_batch"]
-    assert (mixed["rows"], mixed["tokens"]) == (5, 120) and mixed["seconds"] > 0
+    assert (mixed["rows"], mixed["tokens"]) == (6, 144) and mixed["seconds"] > 0
     assert mixed["times_faster"] == pytest.approx(mixed["seconds_one_by_one"] / mixed["seconds"], rel=0.02)
     made_up = {"rows": 5, "tokens": 240, "seconds": 0.5, "seconds_one_by_one": 2.0, "times_faster": 4.0}
-    text = demo_batch.report(made_up)
+    text = " ".join(demo_batch.report(made_up).split())
     assert "4 adapters and the base" in text and "240 tokens in 0.50 s, 4.0 times faster" in text and "(2.00 s)" in text
 
 
@@ -182,6 +188,21 @@ def test_ctrl_c_and_going_on(tmp_path: Path) -> None:
     assert list(json.loads((out / "adapters" / "done.json").read_text())) == ["asyncio", "decimal"]
 
 
+def test_the_prefix_is_one_of_peft(finished: Path) -> None:
+    """Trained beside nothing, saved in PEFT's format, in the mixed batch; said in the report with its true size."""
+    directory = finished / "adapters" / PREFIX
+    config = json.loads((directory / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["peft_type"] == "PREFIX_TUNING" and sorted(path.name for path in directory.iterdir()) == FILES
+    kinds = json.loads((finished / "results.json").read_text(encoding="utf-8"))["adapters"]
+    shape = load_file(directory / "adapter_model.safetensors")["prompt_embeddings"].shape
+    assert kinds[PREFIX] == {"method": "PREFIX_TUNING", "virtual_tokens": shape[0], "numbers": shape.numel()}
+    assert list(kinds) == NAMES and all(kinds[name]["method"] == "LORA" for name in demo_data.DOMAINS)
+    assert demo_report.said_of(kinds).splitlines() == [
+        f"LoRA of rank 16, {kinds['email']['numbers']:,} numbers: asyncio, decimal, email, logging",
+        f"prefix of 16 virtual tokens, 8,192 numbers: {PREFIX}",
+    ]
+
+
 @pytest.mark.parametrize(
     ("row", "package", "loss", "lost"),
     [("a", "a", 2.0, ["a"]), ("b", "a", 1.5, ["a"]), ("a", "a", float("nan"), ["a"]), ("b", "b", 1.9, [])],
@@ -208,7 +229,7 @@ def test_text_is_split_by_docstring() -> None:
     """Nothing of a held-out docstring was trained on, the base has seen no domain, and bytes survive."""
     general = set(demo_data.general_text())
     for name in NAMES:
-        texts = demo_data.package_docstrings(name)
+        texts = demo_data.texts_of(name)
         train, held_out = demo_data.split(texts)
         assert len(held_out) > 30 and not set(train) & set(held_out) and len(train) + len(held_out) == len(texts)
         common = general & set(texts)
@@ -224,3 +245,24 @@ def test_base_model_is_what_its_script_makes() -> None:
     script = Path(__file__).resolve().parent.parent / "examples" / "train_base.py"
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), scope)
     assert {name: config[name] for name in scope["CONFIG"]} == scope["CONFIG"]
+
+
+def test_examples_of_the_readme(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All of its Python, one block after the other, where the demo has run; what they do not define is made up here."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    assert len(blocks) == 3
+    monkeypatch.chdir(copy.parent)
+    copy.rename("peft_fast_demo")
+    shutil.copytree("peft_fast_demo/adapters/email", "another_adapter")
+    rows = demo_data.windows(demo_data.to_ids(demo_data.texts_of(PREFIX)), 64)
+    ids = rows[:4, :16]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
+    scope: dict[str, Any] = {"batches": rows[:32].split(8), "inputs": inputs}
+    for block in blocks:
+        exec(block, scope)
+    assert set(scope["model"].peft_config) == {"default", "another", "prefix"}
+    for name in ("my_adapter", "my_prefix"):
+        assert (copy.parent / name / "adapter_model.safetensors").is_file()

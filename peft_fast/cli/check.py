@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CONFIG_NAME, WeightsFile, check_finite, check_ranks, open_weights, read_config
+from ..checkpoint import (
+    CONFIG_NAME,
+    WeightsFile,
+    check_finite,
+    check_prompt_shapes,
+    check_ranks,
+    open_weights,
+    read_config,
+)
 from .errors import CommandError
 
 
@@ -23,12 +31,16 @@ def report(adapter: Path, base: str | None = None) -> str:
     config = PeftConfig.from_pretrained(adapter)
     weights = open_weights(adapter)
     check_ranks(weights, config)
+    check_prompt_shapes(weights, config)
     check_finite(weights.load(), weights.where)
+    task = getattr(config.task_type, "value", config.task_type)
     lines = [
-        f"{adapter}: {fields['peft_type']}, task {config.task_type}, PEFT {fields.get('peft_version', '(unknown)')}",
+        f"{adapter}: {fields['peft_type']}, task {task}, PEFT {fields.get('peft_version', '(unknown)')}",
         f"base model: {config.base_model_name_or_path}",
         _weights(weights),
     ]
+    if config.is_prompt_learning:
+        lines.insert(2, _prompt(weights, config))
     if base is None:
         lines.append(
             "good as far as a directory can be checked alone; --base MODEL compares it with the base model's shapes"
@@ -40,6 +52,19 @@ def report(adapter: Path, base: str | None = None) -> str:
 
 def _what(path: Path) -> str:
     return "a file" if path.exists() else "nothing"
+
+
+def _prompt(weights: WeightsFile, config: Any) -> str:
+    """What a prompt learning adapter has learned."""
+    name = "prompt_embeddings"
+    shape = " x ".join(map(str, weights.tensors[name].shape))
+    tasks = f", {config.num_tasks} tasks" if config.peft_type == "MULTITASK_PROMPT_TUNING" else ""
+    meaning = "tokens x width of the embeddings"
+    if config.peft_type == "PREFIX_TUNING":
+        width, heads = config.token_dim, config.num_attention_heads
+        each = f"{heads} heads of {width // heads}" if heads and width % heads == 0 else f"{width} wide"
+        meaning = f"tokens x (keys and values of {config.num_layers} layers, {each})"
+    return f"{config.num_virtual_tokens} virtual tokens{tasks}; {name}: {shape}, {meaning}"
 
 
 def _weights(weights: WeightsFile) -> str:
@@ -78,5 +103,13 @@ def _skeleton(base: str, task_type: Any) -> Any:
         "TOKEN_CLS": transformers.AutoModelForTokenClassification,
         "QUESTION_ANS": transformers.AutoModelForQuestionAnswering,
     }
-    auto = classes.get(str(getattr(task_type, "value", task_type)), transformers.AutoModel)
-    return auto.from_config(transformers.AutoConfig.from_pretrained(base))
+    task_type = str(getattr(task_type, "value", task_type))
+    auto = classes.get(task_type, transformers.AutoModel)
+    config = transformers.AutoConfig.from_pretrained(base)
+    try:
+        return auto.from_config(config)
+    except ValueError as error:  # names every architecture that there is
+        kind = getattr(config, "model_type", "")
+        raise CommandError(
+            f"--base {base}: transformers has no {auto.__name__} for {kind!r}, and the adapter's task is {task_type}"
+        ) from error

@@ -1,9 +1,11 @@
-"""`peft-fast demo`: one LoRA adapter per Python package on a small byte-level Llama, each best on its own docstrings.
+"""`peft-fast demo`: adapters on a small byte-level Llama, each best on its own text.
+
+One LoRA adapter per Python package, for its docstrings, and one prefix, for code.
 
 Every stage leaves its result in the output directory, written atomically, and a later run goes on from there:
     base/             a copy of the base model that comes with the package (examples/train_base.py made it)
-    adapters/NAME/    one adapter per package, in PEFT's format; adapters/done.json says with which settings
-    results.json      settings, held-out losses, times        results.png   the losses as a picture
+    adapters/NAME/    the adapters, in PEFT's format; adapters/done.json says with which settings
+    results.json      settings, adapters, held-out losses, times        results.png   the losses as a picture
     requests.jsonl    a prompt for each adapter: what `peft-fast generate` can be tried on
 """
 
@@ -25,12 +27,13 @@ from .device import pick_device
 from .errors import CommandError, UsageError
 
 if TYPE_CHECKING:
-    from peft_fast import PeftModel
+    from peft_fast import PeftConfig, PeftModel
 
 BASE = Path(__file__).parent / "assets" / "base"
 LENGTH = 256
 BATCH = 8
-LEARNING_RATE = 8e-3
+LORA_LEARNING_RATE = 8e-3
+PREFIX_LEARNING_RATE = 0.2  # a prefix begins far from the base, with keys and values of random numbers
 BASE_ROW = "base"
 
 
@@ -50,7 +53,7 @@ class Settings(NamedTuple):
 
 
 def run(settings: Settings, fresh: bool = False) -> int:
-    """Train, save, load back, compare, run all in one batch; 0 if every adapter wins on its own package, else 1.
+    """Train, save, load back, compare, run all in one batch; 0 if every adapter wins on its own text, else 1.
 
     Raises: UsageError for a device or directory that cannot be used; CommandError where the base model is missing, an
         adapter does not win, or a mixed batch gives other tokens than one adapter after the other;
@@ -59,7 +62,7 @@ def run(settings: Settings, fresh: bool = False) -> int:
     start = time.perf_counter()
     device = pick_device(settings.device)
     out = prepare_directory(settings.out, fresh)
-    splits = {name: demo_data.split(demo_data.package_docstrings(name)) for name in demo_data.DOMAINS}
+    splits = {name: demo_data.split(demo_data.texts_of(name)) for name in demo_data.NAMES}
     base = copy_base(out)
     print(f"base model, adapters and results: {out}", flush=True)
 
@@ -73,12 +76,20 @@ def run(settings: Settings, fresh: bool = False) -> int:
     demo_batch.write_requests(rows, out / "requests.jsonl")
     seconds = time.perf_counter() - start
 
+    kinds = demo_report.kinds(model)
     settings_as_text = {"steps": settings.steps, "seed": settings.seed, "device": str(device), "quick": settings.quick}
     demo_report.write_json(
         out / "results.json",
-        {"settings": settings_as_text, "losses": losses, "mixed_batch": mixed, "seconds": round(seconds, 1)},
+        {
+            "settings": settings_as_text,
+            "adapters": kinds,
+            "losses": losses,
+            "mixed_batch": mixed,
+            "seconds": round(seconds, 1),
+        },
     )
     print("\n" + demo_report.table(losses, BASE_ROW))
+    print("\n" + demo_report.said_of(kinds))
     print("\n" + demo_report.draw(losses, BASE_ROW, out / "results.png"))
     print("\n" + demo_report.samples(model, list(splits), settings.seed))
     print("\n" + demo_batch.report(mixed))
@@ -86,7 +97,7 @@ def run(settings: Settings, fresh: bool = False) -> int:
     if lost:
         raise CommandError("; ".join(lost) + ". More --steps may help; --fresh trains the adapters again")
     print("\n" + demo_report.next_steps(settings.out, list(splits)))
-    print(f"\nEvery adapter wins on its own package. {seconds:.0f} s in all.")
+    print(f"\nEvery adapter wins on its own text. {seconds:.0f} s in all.")
     return 0
 
 
@@ -125,33 +136,43 @@ def copy_base(out: Path) -> Path:
 def train_adapters(
     settings: Settings, base: Path, device: torch.device, texts: dict[str, list[str]], bar: "tqdm[Any]"
 ) -> None:
-    """Train and save one adapter per package, those that an earlier run left with the same settings excepted."""
-    from peft_fast import LoraConfig, get_peft_model
+    """Train and save one adapter per domain, those that an earlier run left with the same settings excepted."""
+    from peft_fast import get_peft_model
 
     adapters = base.parent / "adapters"
     done_file = adapters / "done.json"
     wanted = [settings.steps, settings.seed, settings.length, _fingerprint(base)]
     done = json.loads(done_file.read_text(encoding="utf-8")) if done_file.is_file() else {}
-    config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
     for name, domain in texts.items():
         if done.get(name) == wanted and (adapters / name).is_dir():
             bar.write(f"{name}: trained by an earlier run, kept")
             bar.update(settings.steps)
             continue
         torch.manual_seed(settings.seed)
+        config, rate = recipe(name)
         model = get_peft_model(load_base(base, device), config, adapter_name=name)
         bar.set_description(f"training {name}")
-        train(model, demo_data.to_ids(domain), settings, bar)
+        train(model, demo_data.to_ids(domain), settings, rate, bar)
         model.save_pretrained(adapters)
         done[name] = wanted
         demo_report.write_json(done_file, done)
 
 
-def train(model: "PeftModel", ids: Tensor, settings: Settings, bar: "tqdm[Any]") -> None:
+def recipe(name: str) -> tuple["PeftConfig", float]:
+    """(configuration, learning rate) of the adapter for a domain."""
+    from peft_fast import LoraConfig, PrefixTuningConfig
+
+    if name == demo_data.CODE:
+        return PrefixTuningConfig(num_virtual_tokens=16, task_type="CAUSAL_LM"), PREFIX_LEARNING_RATE
+    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    return lora, LORA_LEARNING_RATE
+
+
+def train(model: "PeftModel", ids: Tensor, settings: Settings, rate: float, bar: "tqdm[Any]") -> None:
     """AdamW on random windows of the text, the rate warmed up and brought down to zero."""
     device = next(model.parameters()).device
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warmup = max(1, settings.steps // 10)
     rates = [min((i + 1) / warmup, 0.5 * (1 + math.cos(math.pi * i / settings.steps))) for i in range(settings.steps)]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rates[min(i, settings.steps - 1)])
@@ -181,7 +202,7 @@ def load_base(path: Path, device: torch.device) -> torch.nn.Module:
 
 
 def load_adapters(base: Path, adapters: Path, names: list[str], device: torch.device) -> "PeftModel":
-    """One model with all adapters, read back from their directories."""
+    """One model with all adapters, read back from their directories; the first is LoRA, and takes the prefix too."""
     from peft_fast import PeftModel
 
     first, *others = names
@@ -194,7 +215,7 @@ def load_adapters(base: Path, adapters: Path, names: list[str], device: torch.de
 
 @torch.no_grad()
 def compare(model: "PeftModel", texts: dict[str, list[str]], settings: Settings) -> dict[str, dict[str, float]]:
-    """Held-out loss in nats per byte: {adapter or "base": {package: loss}}."""
+    """Held-out loss in nats per byte: {adapter or "base": {domain: loss}}."""
     device = next(model.parameters()).device
     rows = {name: demo_data.windows(demo_data.to_ids(domain), LENGTH).to(device) for name, domain in texts.items()}
     rows = {name: windows[: 12 if settings.quick else 32] for name, windows in rows.items()}

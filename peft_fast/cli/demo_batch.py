@@ -32,7 +32,7 @@ class Row(NamedTuple):
 
 
 def rows_for(texts: dict[str, list[str]]) -> list[Row]:
-    """For each package, its adapter and the first words of its first held-out docstring; one of them for the base."""
+    """For each domain, its adapter and the first words of its first held-out text; one of them for the base."""
     prompts = {name: " ".join(held_out[0].split()[:4]) + " " for name, held_out in texts.items()}
     return [*(Row(name, prompt) for name, prompt in prompts.items()), Row(None, next(iter(prompts.values())))]
 
@@ -114,9 +114,10 @@ def check(model: "PeftModel", row: Row, tokens: Tensor) -> None:
 def report(found: dict[str, float]) -> str:
     """Two lines."""
     return (
-        f"One batch, {found['rows'] - 1:.0f} adapters and the base in it: {found['tokens']:.0f} tokens in "
-        f"{found['seconds']:.2f} s, {found['times_faster']:.1f} times faster than one after the other "
-        f"({found['seconds_one_by_one']:.2f} s),\nand each token is the one that its adapter chooses alone."
+        f"One batch, {found['rows'] - 1:.0f} adapters and the base in it, the prefix beside LoRA: "
+        f"{found['tokens']:.0f} tokens in {found['seconds']:.2f} s,\n{found['times_faster']:.1f} times faster than "
+        f"one after the other ({found['seconds_one_by_one']:.2f} s), and each token is the one that its adapter "
+        "chooses alone."
     )
 
 

@@ -1,7 +1,7 @@
-"""Real text that every machine has: the docstrings of Python's standard library, by package, and pydoc's topics.
+"""Real text that every machine has: Python's standard library, its docstrings by package, pydoc's topics, and code.
 
 Sources are read with `ast`, never imported: importing some of the standard library opens browsers or prints poems.
-Text becomes bytes, one token each (vocabulary 256, no tokenizer file); byte 0 ends a docstring.
+Text becomes bytes, one token each (vocabulary 256, no tokenizer file); byte 0 ends a docstring or a function.
 """
 
 import ast
@@ -14,10 +14,17 @@ from torch import Tensor
 
 # package shown in the table -> the file or folder of the standard library that holds its docstrings
 DOMAINS = {"asyncio": "asyncio", "decimal": "_pydecimal.py", "email": "email", "logging": "logging"}
+CODE, CODE_OF = "code", "logging"  # a domain that is no docstrings: that package's functions
+NAMES = (*DOMAINS, CODE)
 VOCAB_SIZE = 256
-END = 0  # no docstring contains a zero byte
+END = 0  # no text contains a zero byte
 HELD_OUT_EVERY = 6
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "ensurepip", "__pycache__"}
+
+
+def texts_of(name: str) -> list[str]:
+    """The texts of one of NAMES. Raises: FileNotFoundError, as `package_docstrings`."""
+    return package_functions(CODE_OF) if name == CODE else package_docstrings(name)
 
 
 def package_docstrings(package: str) -> list[str]:
@@ -27,13 +34,18 @@ def package_docstrings(package: str) -> list[str]:
         package: a key of DOMAINS, or any file or folder of the standard library.
     Raises: FileNotFoundError where this Python has no sources for it (some are shipped without).
     """
-    path = _library() / DOMAINS.get(package, package)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"this Python has no sources for {package!r}: expected {path}. Use a Python whose standard library "
-            "is installed as .py files (python.org, a distribution's full python3, conda, pyenv, uv)."
-        )
-    return list(dict.fromkeys(_docstrings_below(path)))
+    return list(dict.fromkeys(_docstrings_below(_sources(package))))
+
+
+def package_functions(package: str) -> list[str]:
+    """The functions and methods of one domain as code, without their docstrings; arguments and errors as above."""
+    found = []
+    for tree in _trees_below(_sources(package)):
+        for function in _outer_functions(tree):
+            if ast.get_docstring(function) is not None:
+                function.body = function.body[1:] or [ast.Pass()]
+            found.append(ast.unparse(function))
+    return [text for text in dict.fromkeys(found) if "\0" not in text]
 
 
 def general_text() -> list[str]:
@@ -47,7 +59,7 @@ def general_text() -> list[str]:
 
 
 def split(texts: list[str]) -> tuple[list[str], list[str]]:
-    """(for training, held out): every 6th docstring is held out."""
+    """(for training, held out): every 6th text is held out."""
     held_out = texts[::HELD_OUT_EVERY]
     return [text for i, text in enumerate(texts) if i % HELD_OUT_EVERY], held_out
 
@@ -67,17 +79,40 @@ def _library() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
+def _sources(package: str) -> Path:
+    path = _library() / DOMAINS.get(package, package)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"this Python has no sources for {package!r}: expected {path}. Use a Python whose standard library "
+            "is installed as .py files (python.org, a distribution's full python3, conda, pyenv, uv)."
+        )
+    return path
+
+
 def _docstrings_below(path: Path) -> Iterator[str]:
-    files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
-    for file in files:
-        if _NOT_LIBRARY.intersection(file.relative_to(_library()).parts):
-            continue
-        try:
-            tree = ast.parse(file.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, or templates
-            continue
+    for tree in _trees_below(path):
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module):
                 text = ast.get_docstring(node)
                 if text and "\0" not in text:
                     yield text
+
+
+def _outer_functions(node: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    """Those that are in no other function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+        else:
+            yield from _outer_functions(child)
+
+
+def _trees_below(path: Path) -> Iterator[ast.Module]:
+    files = [path] if path.suffix == ".py" else sorted(path.rglob("*.py"))
+    for file in files:
+        if _NOT_LIBRARY.intersection(file.relative_to(_library()).parts):
+            continue
+        try:
+            yield ast.parse(file.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # a few files are broken on purpose, or templates
+            continue

@@ -12,12 +12,13 @@ from .demo_data import END
 if TYPE_CHECKING:
     from peft_fast import PeftModel
 
-Losses = dict[str, dict[str, float]]  # {row: {package: nats per byte}}
+Losses = dict[str, dict[str, float]]  # {row: {domain: nats per byte}}
+Kinds = dict[str, dict[str, Any]]  # {adapter: {"method": ..., "virtual_tokens" or "rank": ..., "numbers": ...}}
 PROMPT = "Return the "
 
 
 def losers(losses: Losses, base_row: str) -> list[str]:
-    """One sentence for each adapter that the base or another adapter beats, or equals, on the adapter's own package."""
+    """One sentence for each adapter that the base or another adapter beats, or equals, on the adapter's own text."""
     sentences = []
     for name in losses:
         if name == base_row:
@@ -30,7 +31,7 @@ def losers(losses: Losses, base_row: str) -> list[str]:
 
 
 def table(losses: Losses, base_row: str) -> str:
-    """For each adapter: its loss on its own package, the mean on the others, the base's loss, and the whole matrix."""
+    """For each adapter: its loss on its own text, the base's, what it gains, and the whole matrix."""
     names = [name for name in losses if name != base_row]
     width = max(len(name) for name in [*names, "adapter"])
     lines = ["Held-out loss, nats per byte (lower is better)", ""]
@@ -44,8 +45,35 @@ def table(losses: Losses, base_row: str) -> str:
             continue
         own, base = losses[name][name], losses[base_row][name]
         lines.append(f"{name:<{width}}  {own:>9.3f} {base:>7.3f} {base - own:>+7.3f}   |{cells}")
-    lines.append("\nRight of the bar: each row's loss on each package's text; * marks an adapter's own.")
+    lines.append("\nRight of the bar: each row's loss on each adapter's text; * marks an adapter's own.")
     return "\n".join(lines)
+
+
+def kinds(model: "PeftModel") -> Kinds:
+    """Of each adapter of the model: method, size, how many numbers its file has."""
+    from peft_fast import PeftType, get_peft_model_state_dict
+
+    found: Kinds = {}
+    configs: dict[str, Any] = model.peft_config
+    for name, config in configs.items():
+        is_prefix = config.peft_type == PeftType.PREFIX_TUNING
+        size = {"virtual_tokens": config.num_virtual_tokens} if is_prefix else {"rank": config.r}
+        tensors = get_peft_model_state_dict(model, adapter_name=name).values()
+        method = str(getattr(config.peft_type, "value", config.peft_type))
+        found[name] = {"method": method, **size, "numbers": sum(tensor.numel() for tensor in tensors)}
+    return found
+
+
+def said_of(kinds: Kinds) -> str:
+    """One line for each kind of adapter."""
+    lines: dict[str, list[str]] = {}
+    for name, kind in kinds.items():
+        if "rank" in kind:
+            what = f"LoRA of rank {kind['rank']}, {kind['numbers']:,} numbers"
+        else:
+            what = f"prefix of {kind['virtual_tokens']} virtual tokens, {kind['numbers']:,} numbers"
+        lines.setdefault(what, []).append(name)
+    return "\n".join(f"{what}: {', '.join(names)}" for what, names in lines.items())
 
 
 def draw(losses: Losses, base_row: str, file: Path) -> str:
@@ -61,11 +89,11 @@ def draw(losses: Losses, base_row: str, file: Path) -> str:
     rows = [base_row, *names]
     change = [[losses[row][name] - losses[base_row][name] for name in names] for row in rows]
     limit = max(abs(value) for line in change for value in line) or 1.0
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(7.2, 5.0), layout="constrained")
     image = axes.imshow(change, cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.set_xticks(range(len(names)), names)
     axes.set_yticks(range(len(rows)), ["no adapter (base)", *names])
-    axes.set_xlabel("held-out docstrings of")
+    axes.set_xlabel("held-out text")
     axes.set_ylabel("adapter")
     axes.set_title("Held-out loss, nats per byte (bold: the adapter's own text)", fontsize=11)
     for i, row in enumerate(rows):

@@ -121,6 +121,7 @@ def _reader(options: Options, generator: generate_model.Generator) -> Reader:
         raise UsageError(f"--settings {options.settings}: {error}") from None
     return Reader(
         generator.adapters,
+        generator.virtual_tokens,
         generator.codec,
         generator.vocab_size,
         generator.positions,

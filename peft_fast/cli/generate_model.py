@@ -21,6 +21,7 @@ class Generator(NamedTuple):
 
     model: Any  # PeftModel, or transformers' own model where there are no adapters
     adapters: tuple[str, ...]
+    virtual_tokens: Mapping[str, int]  # of the adapters that are prefixes
     codec: Codec | None
     config: Any  # transformers' GenerationConfig of the model
     device: torch.device
@@ -73,6 +74,7 @@ def load(directory: Path, adapters: Mapping[str, Path], device: torch.device, dt
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    ordered = _in_loading_order(adapters)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         encoder_decoder = bool(config.is_encoder_decoder)
@@ -81,11 +83,12 @@ def load(directory: Path, adapters: Mapping[str, Path], device: torch.device, dt
         codec = _codec(directory, base.generation_config, config.get_text_config().vocab_size)
     except Exception as error:  # transformers raises anything for files that are wrong
         raise CommandError(f"--model {directory}: {error}") from error
-    model = _with_adapters(base, adapters)
+    model = _with_adapters(base, ordered)
     text_config = config.get_text_config(decoder=True)
     return Generator(
         model,
         tuple(adapters),
+        _virtual_tokens(model),
         codec,
         base.generation_config,
         device,
@@ -136,8 +139,38 @@ def adapters_of(named: Sequence[str], directory: Path | None) -> dict[str, Path]
     return adapters
 
 
+def _in_loading_order(adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """LoRA first: a model of LoRA takes prefixes, one of prefixes takes no LoRA.
+
+    Raises: CommandError for an adapter whose configuration cannot be read, or whose method has no mixed batches.
+    """
+    from peft_fast import PeftConfig
+
+    prefixes = set()
+    for name, path in adapters.items():
+        try:
+            config = PeftConfig.from_pretrained(path)
+        except Exception as error:  # whatever a file can have in it
+            raise CommandError(f"adapter {name}, {path}: {error}") from error
+        if config.peft_type == "PREFIX_TUNING":
+            prefixes.add(name)
+        elif config.is_prompt_learning:
+            method = getattr(config.peft_type, "value", config.peft_type)
+            raise CommandError(
+                f"adapter {name}, {path}: {method} has no mixed batches, its learned tokens make every row longer; "
+                "leave this adapter out (prefix tuning can be mixed), or use it alone: AutoPeftModelForCausalLM or "
+                "AutoPeftModelForSeq2SeqLM, .from_pretrained(directory), .generate(...)"
+            )
+    return dict(sorted(adapters.items(), key=lambda item: item[0] in prefixes))
+
+
+def _virtual_tokens(model: Any) -> dict[str, int]:
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    return {name: config.num_virtual_tokens for name, config in configs.items() if config.is_prompt_learning}
+
+
 def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
-    from peft_fast import PeftModel
+    from peft_fast import PeftConfig, PeftModel
 
     model = base
     for name, path in adapters.items():
@@ -147,7 +180,8 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
             else:
                 model.load_adapter(path, adapter_name=name, strict=True)
         except Exception as error:  # also what safetensors and pickle raise
-            raise CommandError(f"adapter {name}, {path}: {error}") from error
+            made_for = PeftConfig.from_pretrained(path).base_model_name_or_path
+            raise CommandError(f"adapter {name}, {path}: {error} (it says that it is for {made_for})") from error
     model.eval()
     return model
 

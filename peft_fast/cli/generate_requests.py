@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, NoReturn, Protocol
 
 from . import generate_settings
@@ -47,6 +47,7 @@ class Reader(NamedTuple):
     """Makes requests of lines, for one model."""
 
     adapters: Collection[str]
+    virtual_tokens: Mapping[str, int]  # of the adapters that are prefixes: they take positions before the text
     codec: Codec | None
     vocab_size: int
     positions: int | None  # tokens that the model can hold; None: no limit that is known
@@ -75,7 +76,7 @@ class Reader(NamedTuple):
         if settings.stop and self.codec is None:
             raise ValueError('"stop" is text, and this model has no tokenizer: use "eos_token_id"')
         adapter, tokens = self._adapter(fields), self._tokens(fields)
-        self._check_length(len(tokens), settings.max_new_tokens)
+        self._check_length(adapter, len(tokens), settings.max_new_tokens)
         return Request(index, tokens, adapter, settings, seed, "prompt" in fields, labels)
 
     def _adapter(self, fields: dict[str, Any]) -> str | None:
@@ -117,13 +118,16 @@ class Reader(NamedTuple):
             raise ValueError(f'"prompt" is not valid Unicode: {error.reason} at character {error.start}') from None
         return self.codec.encode(prompt)
 
-    def _check_length(self, prompt: int, new: int) -> None:
+    def _check_length(self, adapter: str | None, prompt: int, new: int) -> None:
         if self.positions is None:
             return
+        virtual = self.virtual_tokens.get(adapter, 0) if adapter is not None else 0
+        prefix = f" after the {virtual} of the prefix {adapter}" if virtual else ""
         if self.encoder_decoder:
-            longest, what = max(prompt, new + 1), f"a prompt of {prompt} tokens or {new} new ones"
+            longest = max(prompt, virtual + new + 1)
+            what = f"a prompt of {prompt} tokens or {new} new ones{prefix}"
         else:
-            longest, what = prompt + new, f"a prompt of {prompt} tokens and {new} new ones"
+            longest, what = virtual + prompt + new, f"a prompt of {prompt} tokens and {new} new ones{prefix}"
         if longest > self.positions:
             raise ValueError(
                 f"{what} are too long for the model's {self.positions} positions: shorten the prompt, or lower "

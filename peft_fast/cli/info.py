@@ -63,6 +63,6 @@ def _folders() -> list[str]:
 def _implementations() -> list[str]:
     from ..ops import choice
 
-    forced = os.environ.get("PEFT_FAST_LORA")
-    lines = [f"PEFT_FAST_LORA={forced}: forced, nothing falls back"] if forced else []
+    variables = (choice.VARIABLE, choice.PREFIX_VARIABLE)
+    lines = [f"{name}={os.environ[name]}: forced, nothing falls back" for name in variables if os.environ.get(name)]
     return [*lines, *map(str, choice.describe())]

@@ -74,10 +74,10 @@ def build_parser() -> OneLineParser:
 def _add_demo(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
     demo = commands.add_parser(
         "demo",
-        help="train four LoRA adapters on a CPU in under 3 minutes and see each win on its own text",
+        help="train four LoRA adapters and a prefix on a CPU in under 3 minutes and see each win on its own text",
         description="Fine-tune a small byte-level Llama with one LoRA adapter per Python package, on the package's "
-        "docstrings; save the adapters in PEFT's format, load them back, and compare held-out losses. Fails (exit "
-        "code 1) unless every adapter wins on its own package.",
+        "docstrings, and with one prefix, on code; save the adapters in PEFT's format, load them back, compare "
+        "held-out losses, and run all in one batch. Fails (exit code 1) unless every adapter wins on its own text.",
         epilog="Stop it with Ctrl-C whenever you like: finished adapters are kept, the same command goes on.",
     )
     demo.add_argument("--out", type=Path, default=Path("peft_fast_demo"), metavar="DIR", help="default: %(default)s")
@@ -102,9 +102,9 @@ def _add_generate(commands: "argparse._SubParsersAction[OneLineParser]") -> None
     generate = commands.add_parser(
         "generate",
         help="answer a file of requests, each with an adapter of its own, in mixed batches",
-        description="Answer the requests of a file with one model and many adapters: requests for different adapters "
-        "share a batch.\nResults come in the order of the requests, one line for one line; a line that is wrong gets a "
-        "result that says so.",
+        description="Answer the requests of a file with one model and many adapters, LoRA and prefixes: requests for "
+        "different adapters share a batch.\nResults come in the order of the requests, one line for one line; a line "
+        "that is wrong gets a result that says so.",
         epilog=_GENERATE_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -157,7 +157,7 @@ the requests beside it; rounding may still differ with them, so that a near tie 
 Exit codes: 0 all answered, 1 some lines have errors, 2 an option cannot be used, 130 stopped with Ctrl-C.
 
 examples:
-  peft-fast demo                                            # makes a model and four adapters
+  peft-fast demo                                            # makes a model and five adapters
   peft-fast generate --model peft_fast_demo/base --adapters-dir peft_fast_demo/adapters --in req.jsonl --out res.jsonl
   peft-fast generate --model DIR --adapters fr=adapters/fr de=adapters/de --in req.jsonl --out res.jsonl \\
       --settings '{"do_sample": true, "temperature": 0.7}'"""
