@@ -9,7 +9,7 @@ from . import aot, report, run
 COMMANDS = {
     "aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like"),
     "run": (run, "measure LoRA beside plain torch and peft"),
-    "report": (report, "show a result file side by side, draw it, put it into README.md"),
+    "report": (report, "show a result file side by side, draw it, fill in README.md and docs/benchmarks.md"),
 }
 
 

@@ -1,19 +1,11 @@
-"""The report's part on prefixes: README's table and targets."""
+"""The report's part on prefixes: lines of the tables, and targets."""
 
 from typing import Any
 
 from .cases import PrefixModelCase, PrefixPromptCase, PrefixSiteCase, cpu_prefix
+from .report_rows import Entry, Rows, memory_entry, rows_of, table, time_in_words, where
 
-Rows = dict[str, dict[str, dict[str, Any]]]
 CASES = {str(case): case for case in cpu_prefix(quick=False)}
-COLUMNS = ("peft", "two calls", "peft_fast")
-INSTEAD = {"peft": "concatenated"}  # with several prefixes
-ON_GPU = (
-    "attention forward",
-    "attention forward and backward",
-    "attention of a decode step, FlexAttention among the others",
-    "training step and decode step of Llama-3-8B's sizes",
-)
 _MODES = {"fwd": "forward", "train": "forward and backward", "decode": "of a decode step"}
 
 
@@ -53,30 +45,41 @@ def targets(attention: Rows, models: Rows) -> list[str]:
     return lines
 
 
-def readme_lines(attention: Rows, prompts: Rows, models: Rows, time: Any) -> list[str]:
-    """The table for README.md. time: seconds in words."""
-    lines = ["| | no prefix | peft | two calls | peft_fast | peft_fast / best other |", "|---" * 6 + "|"]
+def entries(result: dict[str, Any]) -> dict[str, Entry]:
+    """Lines by case; those of memory by "memory CASE"."""
+    attention, prompts, models = (rows_of(result, f"prefix {what}") for what in ("attention", "prompt", "model"))
+    found = {}
     for name, by_provider in (attention | models).items():
-        cells = [time(by_provider["base"]["median"])]
-        for who in COLUMNS:
-            info = by_provider.get(who) or by_provider.get(INSTEAD.get(who, ""))
-            cells.append(f"{info['ratio_to_base']['median']:.2f}x" if info else "-")
         ours = by_provider["peft_fast"]
+        peft = by_provider.get("peft") or by_provider["concatenated"]  # with several prefixes
+        multiples = [f"{info['ratio_to_base']['median']:.2f}x" for info in (peft, ours)]
         ratio = ours.get("ratio_to_strongest") or ours["ratio_to_peft"]
-        cells.append(f"{ratio['median']:.2f}")
-        lines.append(_row(label(name), cells))
+        base = time_in_words(by_provider["base"]["median"])
+        found[name] = Entry(label(name), base, *multiples, f"{ratio['median']:.2f}")
     for name, by_provider in prompts.items():
-        cells = [time(by_provider[who]["median"]) for who in ("peft", "peft_fast")]
-        ratio = f"{by_provider['peft_fast']['ratio_to_peft']['median']:.2f}"
-        lines.append(_row(label(name), ["-", cells[0], "-", cells[1], ratio]))
+        times = [time_in_words(by_provider[who]["median"]) for who in ("peft", "peft_fast")]
+        ratio = by_provider["peft_fast"]["ratio_to_peft"]
+        found[name] = Entry(label(name), "-", *times, f"{ratio['median']:.2f}")
     for name, by_provider in models.items():
-        if "peak_bytes" not in by_provider["base"]:
-            continue
-        base, peft, ours = (by_provider[who]["peak_bytes"] for who in ("base", "peft", "peft_fast"))
-        cells = [f"{base / 1e6:.0f} MB", f"{peft / base:.2f}x", "-", f"{ours / base:.2f}x", f"{ours / peft:.2f}"]
-        lines.append(_row(f"growth of memory in the {label(name)}", cells))
-    return lines + [_row(f"GPU: {what}", ["not measured yet", *"----"]) for what in ON_GPU]
+        if "peak_bytes" in by_provider["base"]:
+            found[f"memory {name}"] = memory_entry(label(name), by_provider)
+    return found
 
 
-def _row(name: str, cells: list[str]) -> str:
-    return f"| {name} | {' | '.join(cells)} |"
+def lines(result: dict[str, Any]) -> list[str]:
+    """The whole table and what it is of."""
+    attention, rows = rows_of(result, "prefix attention"), []
+    for name, entry in entries(result).items():
+        two_calls = attention.get(name, {}).get("two calls")
+        cell = f"{two_calls['ratio_to_base']['median']:.2f}x" if two_calls else "-"
+        rows.append((*entry[:3], cell, *entry[3:]))
+    return [
+        *table(" | no prefix | peft | two calls | peft_fast | peft_fast / best other ", rows),
+        "",
+        "P: learned tokens. Attention: 8 query heads, 2 of keys, size 64. Models: a Llama with hidden size 512 and 4 "
+        "layers of such heads. Medians of interleaved rounds, as multiples of the same without a prefix. `two calls`: "
+        "torch's flash attention of the text and of the prefix, merged by their logs of sums. With several prefixes, "
+        "rows take them in turn: peft generates for one after another, and its attention is shown as if it could mix "
+        "them. Memory: the most that tensors hold during a step, above what they held before. "
+        f"`python -m bench run --suite prefix` on {where(result)}.",
+    ]

@@ -10,7 +10,7 @@ for longest make room: in the tables when all slots are taken, in memory when th
 """
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,13 +37,15 @@ class AdapterBank:
         tuner: has `peft_config` (adapter name -> config) and `mixed_layers()`, whose items have
             `mixed_entry(name) -> (a, b, scaling) | None`, `mixed_has(name)`, `mixed_dtype` and `mixed_device`.
     Attributes: max_loaded: registered adapters kept in memory. load: reads a source into the model as an adapter of a
-        name. changing: a lock, held while adapters are added, loaded or deleted.
+        name. prefixes: names of the model's prefixes. changing: a lock, held while adapters are added, loaded or
+        deleted.
     """
 
     def __init__(self, tuner: Any, capacity: int = 128, max_loaded: int = 1024) -> None:
         self._tuner = tuner
         self.max_loaded = max_loaded
         self.load: Callable[[Any, str], None] | None = None
+        self.prefixes: Container[str] = ()
         self._tables = SlotTables(capacity, _DEFAULT_MAX_RANK)
         self.changing = threading.RLock()  # held while adapters are added, loaded or deleted
         self._free = threading.Condition(threading.RLock())  # guards everything below; notified when a use ends
@@ -80,6 +82,10 @@ class AdapterBank:
         Raises: ValueError if the name is taken. The source is checked when it is read.
         """
         with self._free:
+            if name in self.prefixes:
+                raise ValueError(
+                    f"{name!r} is a prefix of this model: prefixes are always loaded, and never registered"
+                )
             if name == BASE or name in self._adapters or name in self._tuner.peft_config:
                 raise ValueError(f"Adapter with name '{name}' already exists.")
             self._adapters[name] = AdapterRecord(source=source)

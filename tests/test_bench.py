@@ -12,7 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, manage_cases, measure, mixed_cases, providers, report, report_mixed
+from bench import (
+    cases,
+    manage_cases,
+    measure,
+    mixed_cases,
+    providers,
+    report,
+    report_lora,
+    report_mixed,
+    report_pages,
+    report_rows,
+    run,
+)
+from bench.__main__ import main as bench_main
 from bench.bench_lora import Measured, ReplayClock
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +91,7 @@ def test_a_step_of_the_gpu_campaign_runs_dry(tmp_path: Path) -> None:
     out = tmp_path / "backward.json"
     ran = run_bench("run", "--gpu", "backward", "--dry", "--out", str(out), "--only", "o-M64")
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = report.rows_of(json.loads(out.read_text()), "op")
+    rows = report_rows.rows_of(json.loads(out.read_text()), "op")
     assert len(rows) == 2 and all(set(row) == set(providers.PROVIDERS) for row in rows.values())
 
 
@@ -170,15 +183,28 @@ def test_flops_and_bytes_of_a_case() -> None:
 
 
 def committed(suite: str = "lora") -> dict[str, Any] | None:
-    path = report.RESULTS / f"{report.SUITES[suite]}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return report.committed_results()[suite]
 
 
-@pytest.mark.parametrize("suite", report.SUITES)
-def test_readme_shows_the_committed_results_or_says_that_there_are_none(suite: str) -> None:
-    text = report.README.read_text()
-    table = report.readme_table(committed(suite))
-    assert report.with_table(text, table, suite) == text, "run `python -m bench report --readme`"
+def test_the_pages_show_the_committed_results_or_say_that_there_are_none() -> None:
+    for page, text in report_pages.pages(report.committed_results()).items():
+        assert page.read_text() == text, "run `python -m bench report --readme`"
+
+
+@pytest.mark.parametrize("suite", run.SUITES)
+def test_the_headlines_have_the_worst_ratio(suite: str) -> None:
+    result = committed(suite)
+    if result is None:
+        return
+    entries = report_pages.SUITES[suite][1].entries(result)
+    shown = report_pages.HEADLINES[suite][1]
+    assert max(float(entries[case].ratio) for case in shown) == max(float(entry.ratio) for entry in entries.values())
+
+
+def test_a_suite_that_was_not_measured() -> None:
+    text = report_pages.pages(dict.fromkeys(run.SUITES))
+    assert "| LoRA | not measured yet | - | - | - |" in text[report_pages.README]
+    assert text[report_pages.BENCHMARKS].count("Not measured yet.") == len(run.SUITES)
 
 
 def test_committed_results_are_of_a_whole_run_and_right() -> None:
@@ -186,20 +212,20 @@ def test_committed_results_are_of_a_whole_run_and_right() -> None:
     if result is None:
         return  # then README says so, see above
     assert not result["wrong"] and not result["peft_fast"]["quick"] and not result["peft_fast"]["dry"]
-    rows = report.rows_of(result, "model")
+    rows = report_rows.rows_of(result, "model")
     assert set(rows) == {case.name for case in cases.cpu_models(quick=False)}
-    assert set(report.rows_of(result, "op")) == {str(case) for case in cases.cpu_ops(quick=False)}
+    assert set(report_rows.rows_of(result, "op")) == {str(case) for case in cases.cpu_ops(quick=False)}
 
 
 def test_committed_results_of_mixed_batches_are_of_a_whole_run_and_right() -> None:
     result = committed("mixed")
     if result is None:
         return
-    assert not result["wrong"] and not result["peft_fast"]["quick"] and report.suite_of(result) == "mixed"
-    measured = {**report.rows_of(result, "mixed"), **report.rows_of(result, "flat")}
+    assert not result["wrong"] and not result["peft_fast"]["quick"] and report_rows.suite_of(result) == "mixed"
+    measured = {**report_rows.rows_of(result, "mixed"), **report_rows.rows_of(result, "flat")}
     assert set(measured) == {str(case) for case in cases.cpu_mixed(quick=False)}
     wanted = {f"{operation}-{case}" for operation in manage_cases.OPERATIONS for case in cases.cpu_manage(quick=False)}
-    assert set(report.rows_of(result, "manage")) == wanted
+    assert set(report_rows.rows_of(result, "manage")) == wanted
 
 
 def a_result(ratio: float = 1.2) -> dict[str, Any]:
@@ -221,20 +247,46 @@ def a_result(ratio: float = 1.2) -> dict[str, Any]:
 
 
 def test_an_edited_table_is_noticed() -> None:
-    table = report.readme_table(a_result())
-    text = report.with_table(report.README.read_text(), table)
-    assert report.with_table(text, table) == text and "1.20x" in text and "1.80x" in text
-    edited = text.replace("1.20x", "1.02x")
-    assert report.with_table(edited, table) != edited
-    with pytest.raises(ValueError, match="bench:cpu"):
-        report.with_table(text.replace("<!-- /bench:cpu -->", ""), table)
+    pages = report_pages.pages({**report.committed_results(), "lora": a_whole_result()})
+    text = pages[report_pages.README]
+    line = "| LoRA: training step, bf16, dropout 0.05 | 500 ms | 1.80x | 1.20x | 0.67 |"
+    assert line in text and line.replace("LoRA: ", "") in pages[report_pages.BENCHMARKS]
+    table = "\n".join(report_pages.headlines({**report.committed_results(), "lora": a_whole_result()}))
+    assert report_pages.with_block(text, "headlines", table) == text
+    edited = text.replace(line, line.replace("1.20x", "1.02x"))
+    assert edited != text and report_pages.with_block(edited, "headlines", table) == text
+    with pytest.raises(ValueError, match="bench:headlines"):
+        report_pages.with_block(text.replace("<!-- /bench:headlines -->", ""), "headlines", table)
 
 
-def test_a_quick_run_does_not_get_into_the_readme() -> None:
+def a_whole_result() -> dict[str, Any]:
+    """`a_result` with every case of LoRA."""
     result = a_result()
-    result["peft_fast"]["quick"] = True
-    with pytest.raises(ValueError, match="quick"):
-        report.readme_table(result)
+    result["benchmarks"] = [
+        {**row, "extra_info": {**row["extra_info"], "case": case}}
+        for case in report_lora.LABELS
+        for row in result["benchmarks"]
+    ]
+    return result
+
+
+@pytest.mark.parametrize("kind", ["quick", "dry"])
+def test_a_quick_run_does_not_get_into_the_pages(kind: str) -> None:
+    result = a_result()
+    result["peft_fast"][kind] = True
+    with pytest.raises(ValueError, match=kind):
+        report_pages.pages({**report.committed_results(), "lora": result})
+
+
+def test_report_fills_in_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("README", "BENCHMARKS"):
+        page = getattr(report_pages, name)
+        (tmp_path / page.name).write_text(page.read_text().replace("x |", "x  |"))
+        monkeypatch.setattr(report_pages, name, tmp_path / page.name)
+    monkeypatch.setattr(report, "draw", lambda *args: [])
+    assert bench_main(["report", "--readme"]) == 0
+    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        assert (tmp_path / page.name).read_text() == page.read_text()
 
 
 def test_the_report_draws_and_prints_losses_beside_wins(tmp_path: Path) -> None:
@@ -308,7 +360,7 @@ def test_the_gpu_steps_of_mixed_batches_run_dry(step: str, only: str, tmp_path: 
     out = tmp_path / f"{step}.json"
     ran = run_bench("run", "--gpu", step, "--dry", "--out", str(out), "--only", only)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = report.rows_of(json.loads(out.read_text()), "mixed site" if step == "mixed" else "decode")
+    rows = report_rows.rows_of(json.loads(out.read_text()), "mixed site" if step == "mixed" else "decode")
     assert rows and all(
         {"base", "peft_fast" if step == "mixed" else "peft_fast ids"} <= set(row) for row in rows.values()
     )
@@ -392,11 +444,11 @@ def test_the_report_says_which_targets_are_met(tmp_path: Path) -> None:
     assert "met     mixed-32x1-32of32-fp32: 4.00 times as fast as peft, must 3.0" in printed
     assert "MISSED  mixed-8x1-1of100-fp32: 4.00 times as fast as peft, must 6.0" in printed
     assert "peft_fast: from 4 to 100 loaded adapters, time over the base grows 1.00 times" in printed
-    table = report.readme_table(a_mixed_result(1.5))
-    assert "| 8 rows, 1 of 100 adapters, fp32 | 10.0 ms | 6.00x | 1.50x | 4.0 |" in table
+    table = "\n".join(report_mixed.lines(a_mixed_result(1.5)))
+    assert "| 8 rows, 1 of 100 adapters, fp32 | 10.0 ms | 6.00x | 1.50x | 0.25 |" in table
     assert "| load_adapter, peft / peft_fast | 60 / 15 ms (4x) |" in table
-    text = report.with_table(report.README.read_text(), table, "mixed")
-    assert report.with_table(text, table, "mixed") == text
+    headline = "\n".join(report_pages.headlines({**report.committed_results(), "mixed": a_mixed_result(1.5)}))
+    assert "| mixed batch: set_adapter as adapter number 100, 224 layers | - | 60 ms | 15 ms | 0.25 |" in headline
     assert set(report_mixed.CASES) == {str(case) for case in cases.cpu_mixed(quick=False)}
     pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
     drawn = report.draw(a_mixed_result(1.5), tmp_path, "cpu-mixed")

@@ -13,7 +13,17 @@ import torch
 from test_bench import CPU, ROOT, a_result, committed, run_bench
 from torch import Tensor
 
-from bench import cases, measure, prefix_decode, prefix_models, prefix_sites, report, report_prefix
+from bench import (
+    cases,
+    measure,
+    prefix_decode,
+    prefix_models,
+    prefix_sites,
+    report,
+    report_pages,
+    report_prefix,
+    report_rows,
+)
 from bench.bench_lora import Measured
 
 QUICK = list(cases.cpu_prefix(quick=True))
@@ -75,7 +85,7 @@ def test_the_gpu_steps_of_prefixes_run_dry(step: str, tmp_path: Path) -> None:
     result = json.loads(out.read_text())
     groups = ("prefix model", "prefix decode") if step == "prefix-model" else ("prefix attention",)
     for group in groups:
-        rows = report.rows_of(result, group)
+        rows = report_rows.rows_of(result, group)
         assert rows and all({"base", "peft_fast"} <= set(row) for row in rows.values())
 
 
@@ -235,9 +245,9 @@ def test_committed_results_of_prefixes_are_of_a_whole_run_and_right() -> None:
     result = committed("prefix")
     if result is None:
         return
-    assert not result["wrong"] and not result["peft_fast"]["quick"] and report.suite_of(result) == "prefix"
+    assert not result["wrong"] and not result["peft_fast"]["quick"] and report_rows.suite_of(result) == "prefix"
     groups = ("prefix attention", "prefix prompt", "prefix model")
-    measured = [case for group in groups for case in report.rows_of(result, group)]
+    measured = [case for group in groups for case in report_rows.rows_of(result, group)]
     assert set(measured) == set(report_prefix.CASES)
 
 
@@ -276,15 +286,14 @@ def test_the_report_shows_losses_of_prefixes_too(tmp_path: Path) -> None:
     assert "MISSED  train-16x64-P128-fp32: 0.80 times as fast as peft, must 1.0" in printed
     assert "fwd-8x128-P20-fp32: 1.39 (0.10..2.00) of the time of two calls" in printed
     assert "met     generate-16x32-P128-fp32: 1.33 times as fast" in report.side_by_side(a_prefix_result(1.5))
-    table = report.readme_table(a_prefix_result(2.5))
+    table = "\n".join(report_prefix.lines(a_prefix_result(2.5)))
     assert "| attention forward, 8 x 128 tokens, P = 20, fp32 | 10 ms | 2.00x | 1.80x | 2.50x | 1.39 |" in table
     assert "P = 128, 4 prefixes, fp32 | 10 ms | 2.00x | 1.80x | 2.50x | 1.39 |" in table
     assert "| training step, 16 x 64 tokens, P = 128, fp32 | 10 ms | 2.00x | - | 2.50x | 1.25 |" in table
     assert "growth of memory in the training step, 16 x 64 tokens, P = 512, fp32 | 100 MB | 2.00x | - | 2.50x" in table
     assert "| 20 ms | - | 25 ms | 1.25 |" in table  # a projection: there is none without a prefix
-    assert table.count("not measured yet") == len(report_prefix.ON_GPU)
-    text = report.with_table(report.README.read_text(), table, "prefix")
-    assert report.with_table(text, table, "prefix") == text
+    headline = "\n".join(report_pages.headlines({**report.committed_results(), "prefix": a_prefix_result(2.5)}))
+    assert "P = 128, 4 prefixes, fp32 | 10 ms | 2.00x | 2.50x | 1.39 |" in headline
     pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
     drawn = report.draw(a_prefix_result(1.5), tmp_path, "cpu-prefix")
     assert [path.name for path in drawn] == ["cpu-prefix-attention.png", "cpu-prefix-model.png"]

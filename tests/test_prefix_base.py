@@ -615,7 +615,11 @@ def test_the_last_position_can_be_used() -> None:
         )
 
 
-@pytest.mark.parametrize("bad", [{"num_attention_heads": 3}, {"token_dim": 64}, {"token_dim": 16}, {"num_layers": 1}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"num_attention_heads": 3}, {"token_dim": 64}, {"token_dim": 16}, {"num_layers": 1}, {"num_layers": 6}],
+    ids=str,
+)
 @pytest.mark.parametrize("family", ["gpt2", "bert", "t5", "gptj", "bloom"])
 def test_sizes_that_do_not_fit(family: str, bad: dict[str, int]) -> None:
     """At the latest in the first call, naming what is to be changed."""

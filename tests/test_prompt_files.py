@@ -342,7 +342,67 @@ def test_a_prefix_is_not_registered(tmp_path: Path) -> None:
     assert unchanged(model, before) and sorted(model.peft_config) == ["prefixed", "tuned"]
 
 
+def test_the_name_of_a_prefix_is_not_registered(tmp_path: Path) -> None:
+    model = with_lora()
+    with pytest.raises(ValueError, match=r"'prefixed' is a prefix of this model.*always loaded"):
+        model.adapter_bank.register("prefixed", tmp_path)
+    assert model.adapter_bank.registered() == []
+    model.adapter_bank.register("later", tmp_path)
+    with pytest.raises(ValueError, match="'later' already exists: it is registered"):
+        model.add_adapter("later", make_config(peft_fast, "prefix", "SEQ_CLS"))
+    assert sorted(model.peft_config) == sorted([*model.prompt_encoder, "tuned"]) == ["prefixed", "tuned"]
+    model.delete_adapter("prefixed")
+    model.adapter_bank.register("prefixed", tmp_path)
+
+
 # -------------------------------------------------------------------------------------------------------- refusals
+WIDER = {"hidden_size": 64, "intermediate_size": 48}
+OTHER_BASES: list[tuple[str, str, str, dict[str, Any], str]] = [
+    ("bert", "SEQ_CLS", "prefix", WIDER, r"token_dim=\b32\b.* got .*\b64\b"),
+    ("bert", "SEQ_CLS", "projection", {"num_attention_heads": 2}, r"num_attention_heads=\b4\b.* got .*\b2\b"),
+    ("bert", "SEQ_CLS", "prefix", {"num_hidden_layers": 1}, r"num_layers=\b2\b.* got .*\b1\b"),
+    ("bert", "SEQ_CLS", "prefix", {"num_hidden_layers": 5}, r"num_layers=\b2\b.* got .*\b5\b"),
+    ("llama", "CAUSAL_LM", "prefix", WIDER, r"token_dim=\b16\b.* got .*\b32\b"),
+    ("llama", "CAUSAL_LM", "prefix", {"num_key_value_heads": 4}, r"token_dim=\b16\b.* got .*\b32\b"),
+    ("llama", "CAUSAL_LM", "prefix", {"num_hidden_layers": 5}, r"num_layers=\b2\b.* got .*\b5\b"),
+    ("bert", "SEQ_CLS", "prompt", WIDER, r"token_dim=\b32\b.* got .*\b64\b"),
+    ("llama", "CAUSAL_LM", "p-mlp", WIDER, r"token_dim=\b32\b.* got .*\b64\b"),
+    ("bert", "SEQ_CLS", "multitask", WIDER, r"token_dim=\b32\b.* got .*\b64\b"),
+]
+
+
+@pytest.mark.parametrize(("family", "task", "method", "other", "sizes"), OTHER_BASES)
+def test_an_adapter_of_another_base_is_refused_by_that_name(
+    family: str, task: str, method: str, other: dict[str, Any], sizes: str, tmp_path: Path
+) -> None:
+    with quiet():
+        adapt(peft_fast, make_base(family, task, **other), task, {"default": (method, {})}).save_pretrained(tmp_path)
+        base = fresh(family, task)
+        before = state_of(base)
+        message = f"(?s){tmp_path}.* was made for another base model: .*{sizes}"
+        with pytest.raises((ValueError, RuntimeError), match=message) as raised:
+            peft_fast.PeftModel.from_pretrained(base, tmp_path)
+        assert "Leave" not in str(raised.value)  # there is no configuration to leave it out of
+        assert unchanged(base, before)
+        model = adapt(peft_fast, base, task, {"default": (method, {})})
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == list(model.prompt_encoder) == ["default"]
+
+
+def test_layers_of_an_encoder_deeper_than_its_decoder(tmp_path: Path) -> None:
+    """PEFT counts the encoder's, and the decoder leaves some of them unused: such files load."""
+    deep = {"encoder_layers": 4, "decoder_layers": 2}
+    theirs, ours = make_pair("bart", "SEQ_2_SEQ_LM", base=deep)
+    assert ours.peft_config["default"].num_layers == 4
+    with quiet():
+        theirs.save_pretrained(tmp_path)
+        loaded = peft_fast.PeftModel.from_pretrained(make_base("bart", "SEQ_2_SEQ_LM", **deep), tmp_path)
+        same_models(theirs, loaded)
+        with pytest.raises(ValueError, match=r"num_layers=3, got 4"):
+            peft_fast.PeftModel.from_pretrained(make_base("bart", "SEQ_2_SEQ_LM"), tmp_path)
+
+
 Change = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
 

@@ -3,6 +3,15 @@
 from .cached import filled_cache
 from .interface import give_back, install
 from .prefix import PrefixCall, check_positions
-from .table import fit_sizes, prefix_layers
+from .table import DoesNotFit, fit_sizes, prefix_layers
 
-__all__ = ["PrefixCall", "check_positions", "filled_cache", "fit_sizes", "give_back", "install", "prefix_layers"]
+__all__ = [
+    "DoesNotFit",
+    "PrefixCall",
+    "check_positions",
+    "filled_cache",
+    "fit_sizes",
+    "give_back",
+    "install",
+    "prefix_layers",
+]

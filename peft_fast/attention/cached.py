@@ -1,4 +1,5 @@
-"""A prefix through the cache: for architectures that compute attention by themselves, and for attention weights.
+"""A prefix through the cache: for architectures that compute attention by themselves, for attention weights, and under
+FlexAttention.
 
 As PEFT does it: the prefix is expanded over the rows and stands in the cache before the text, whose mask and positions
 make room for it. Rows with a shorter prefix, or none, have masked slots before it.
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.choice import PREFIX_VARIABLE
+from .families import FAMILIES, model_type
 from .table import checkpoints
 
 if TYPE_CHECKING:
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 def cached_tokens(cache: Any) -> Any:
     """Number of tokens in a cache, an int or (static caches) a tensor; 0 without one."""
     return 0 if cache is None else cache.get_seq_length()
+
+
+def under_flex(base: nn.Module) -> bool:
+    """Whether the base runs FlexAttention, whose mask only its own function can read."""
+    return getattr(getattr(base, "config", None), "_attn_implementation", None) == "flex_attention"
 
 
 def cache_target(base: nn.Module) -> nn.Module:
@@ -58,13 +65,14 @@ def through_cache(call: PrefixCall, kwargs: dict[str, Any], inputs: Tensor, rows
     if call.base.training and checkpoints(call.base):
         raise ValueError(
             f"{name} drops its cache under gradient checkpointing, and its prefix goes through the cache: attention "
-            "weights are asked for, or peft_fast does not know the architecture. Train without gradient checkpointing"
+            "weights or FlexAttention are asked for, or peft_fast does not know the architecture. Train without "
+            "gradient checkpointing"
         )
     cache = kwargs.get("past_key_values")
     if getattr(cache, "is_compileable", False) and not _grows(cache):
         raise ValueError(
-            f"{name} cannot have its prefix in a static cache, through which it goes where attention weights are asked "
-            "for, and where peft_fast does not know the architecture. Use a dynamic cache"
+            f"{name} cannot have its prefix in a static cache, through which it goes where attention weights or "
+            "FlexAttention are asked for, and where peft_fast does not know the architecture. Use a dynamic cache"
         )
     if not past:
         kwargs["past_key_values"] = _filled(call, rows, inputs.shape[0], cache)
@@ -74,8 +82,10 @@ def through_cache(call: PrefixCall, kwargs: dict[str, Any], inputs: Tensor, rows
     text = (past - call.longest if past else 0) + inputs.shape[1]
     key = "decoder_attention_mask" if call.is_encoder_decoder else "attention_mask"
     mask = kwargs.get(key)
-    if mask is None and slots is not None:
+    if mask is None and (slots is not None or under_flex(call.base)):  # FlexAttention's mask is made for so many keys
         mask = torch.ones(inputs.shape[0], text, dtype=torch.long, device=inputs.device)
+    if slots is not None and call.fused:
+        FAMILIES[model_type(call.base)].positions(call.base, kwargs, rows.shift, text - inputs.shape[1], inputs)
     if mask is not None:
         if mask.ndim != 2:
             raise ValueError(
@@ -83,6 +93,8 @@ def through_cache(call: PrefixCall, kwargs: dict[str, Any], inputs: Tensor, rows
             )
         ones = mask.new_ones(mask.shape[0], call.longest) if slots is None else slots.to(mask.dtype)
         kwargs[key] = torch.cat([ones, mask], dim=1)
+    if slots is not None and call.fused:
+        return kwargs
     given = kwargs.get("position_ids")
     if given is None and slots is not None and "position_ids" in inspect.signature(call.base.forward).parameters:
         given = torch.arange(text - inputs.shape[1], text, device=inputs.device)[None]

@@ -131,6 +131,11 @@ def position_limit(base: nn.Module) -> int | None:
     if family is None or not family.learned:
         return None
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is not None and family.positions is by_input_ids:
-        limit -= config.pad_token_id + 1  # type: ignore[union-attr]
-    return limit
+    return limit if limit is None else limit - first_position(base)
+
+
+def first_position(base: nn.Module) -> int:
+    """The position of the first token: RoBERTa counts from the padding token's id on."""
+    family = FAMILIES.get(model_type(base))
+    config: Any = getattr(base, "config", None)
+    return int(config.pad_token_id) + 1 if family is not None and family.positions is by_input_ids else 0

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from ..prompt_call import current_prompt, leading_input
 from ..routing import wrong_length
-from .cached import cache_target, cached_tokens, through_cache
-from .families import FAMILIES, model_type, modules_matching, position_limit
+from .cached import cache_target, cached_tokens, through_cache, under_flex
+from .families import FAMILIES, first_position, model_type, modules_matching, position_limit
 
 KEYWORD = "peft_prefix"  # carries a `Prefix` through the model to the attention function
 
@@ -116,17 +116,43 @@ class PrefixCall:
         """
         inputs = leading_input(kwargs, self.is_encoder_decoder)
         rows, past = self.rows(inputs.shape[0], inputs.device), cached_tokens(kwargs.get("past_key_values"))
-        if not self.fused or _wants_attentions(self.base, kwargs) or self._learns_distances():
-            self.shift = None
+        if self.in_cache(kwargs):
+            # where an embedding counts by itself, the cache has moved all rows by the longest prefix
+            self.shift = None if rows.lengths is None else rows.shift - self.longest
             return through_cache(self, kwargs, inputs, rows, past)
-        if isinstance(past, int):
-            check_positions(self.base, self.longest, past + inputs.shape[1])
         self.shift = rows.shift
         FAMILIES[model_type(self.base)].positions(self.base, kwargs, rows.shift, past, inputs)
+        if isinstance(past, int):
+            self._fit_positions(kwargs, rows, past + inputs.shape[1])
         # a static cache counts in place
         seen = past.reshape(1).clone() if isinstance(past, Tensor) else torch.tensor([past], device=inputs.device)
         kwargs[KEYWORD] = Prefix(self.layer, rows, self.longest, seen, self._distances)
         return kwargs
+
+    def in_cache(self, kwargs: dict[str, Any]) -> bool:
+        """Whether the prefix goes through the cache in a forward or generate with these arguments."""
+        return (
+            not self.fused or under_flex(self.base) or _wants_attentions(self.base, kwargs) or self._learns_distances()
+        )
+
+    def _fit_positions(self, kwargs: dict[str, Any], rows: Rows, tokens: int) -> None:
+        """Let padding have the last position where it would be beyond it. tokens: cached ones and the forward's.
+
+        Raises: ValueError where a row's prefix and its text need more positions than the base has.
+        """
+        limit, positions = position_limit(self.base), kwargs.get("position_ids")
+        if limit is None or self.longest + tokens <= limit:
+            return
+        if positions is None:  # the architecture counts by itself, and padding is text to it
+            return check_positions(self.base, self.longest, tokens)
+        first = first_position(self.base)
+        mask = kwargs.get("attention_mask")
+        text = positions - first if mask is None or mask.ndim != 2 else _of_text(positions - first, mask)
+        needed = text.amax(1).expand(len(text) if rows.lengths is None else len(rows.lengths)) + 1
+        row = int(needed.argmax())
+        virtual = self.longest if rows.lengths is None else int(rows.lengths[row])
+        check_positions(self.base, virtual, int(needed[row]) - virtual)
+        kwargs["position_ids"] = positions.clamp(max=limit - 1 + first)
 
     def _learns_distances(self) -> bool:
         """Whether T5's bias by distance is trained: the attention that reads prefixes has no gradient for it."""
@@ -168,6 +194,11 @@ def check_positions(base: nn.Module, virtual: int, tokens: int) -> None:
             f"{type(base).__name__} has {limit}. Use fewer virtual tokens, or at most {max(limit - virtual, 0)} tokens "
             "of text"
         )
+
+
+def _of_text(positions: Tensor, mask: Tensor) -> Tensor:
+    """(rows, tokens): the positions, -1 for padding."""
+    return positions.where(mask[:, -positions.shape[1] :].bool(), -1)
 
 
 def _wants_attentions(base: nn.Module, kwargs: dict[str, Any]) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..utils._prompt_config import number_of_layers
+
 Layer = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -62,13 +64,24 @@ def checkpoints(base: nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in base.modules())
 
 
+class DoesNotFit(ValueError):
+    """A prompt learning configuration with sizes that the base model does not have.
+
+    Attributes: sizes: both, in words.
+    """
+
+    def __init__(self, what: str, sizes: str) -> None:
+        super().__init__(f"{what}: {sizes}. Leave what does not fit out of the configuration, and it is filled in")
+        self.sizes = sizes
+
+
 def fit_sizes(base: nn.Module, config: Any, given: Container[str]) -> None:
     """Make the sizes of a prefix those of the base's attention, where PEFT's rules fill in others (heads of T5 that are
     not d_model / num_heads wide, decoders deeper than their encoder, Falcon's single key head).
 
     Args:
         given: names of the fields that the user set, which are not changed.
-    Raises: ValueError where they do not fit, or are not multiples of each other.
+    Raises: DoesNotFit where they do not fit, ValueError if no prefix does.
     """
     layers, heads, size = _sizes(base)
     if getattr(getattr(base, "config", None), "kv_lora_rank", None):
@@ -79,21 +92,24 @@ def fit_sizes(base: nn.Module, config: Any, given: Container[str]) -> None:
     width = heads * size if heads and size else None
     if width and (config.token_dim, config.num_attention_heads) != (width, heads):
         if "token_dim" in given or "num_attention_heads" in given:
-            raise ValueError(
-                f"The prefix does not fit the attention of {type(base).__name__}: expected num_attention_heads={heads} "
-                f"and token_dim={width} of its keys and values, got num_attention_heads={config.num_attention_heads} "
-                f"and token_dim={config.token_dim}. Leave both out of the configuration, and they are filled in"
+            raise DoesNotFit(
+                f"The prefix does not fit the attention of {type(base).__name__}",
+                f"expected num_attention_heads={heads} and token_dim={width} of its keys and values, got "
+                f"num_attention_heads={config.num_attention_heads} and token_dim={config.token_dim}",
             )
         config.token_dim, config.num_attention_heads = width, heads
         if "encoder_hidden_size" not in given:
             config.encoder_hidden_size = width
-    if layers and config.num_layers < layers:  # more are no harm: PEFT leaves the rest unused
-        if "num_layers" in given:
-            raise ValueError(
-                f"The prefix does not fit {type(base).__name__}: expected num_layers={layers}, got "
-                f"{config.num_layers}. Leave it out of the configuration, and it is filled in"
-            )
-        config.num_layers = layers
+    if layers is None or config.num_layers == layers:
+        return
+    if config.num_layers > layers and config.num_layers == number_of_layers(base.config):
+        return  # PEFT counts those of an encoder, and leaves the rest unused
+    if "num_layers" in given:
+        raise DoesNotFit(
+            f"The prefix does not fit {type(base).__name__}",
+            f"expected num_layers={layers}, got {config.num_layers}",
+        )
+    config.num_layers = layers
 
 
 def differing_layers(config: Any) -> bool:

@@ -40,8 +40,8 @@ def check_prompt_shapes(weights: WeightsFile, config: Any) -> None:
     """Compare the shapes in a prompt learning file with those of its config, before any module is made from the config.
 
     Nothing is allocated that is larger than what the file has. Other methods pass.
-    Raises: ValueError if the config lacks a size or the file a tensor; RuntimeError, saying "size mismatch" and both
-        shapes, if they disagree.
+    Raises: ValueError if the config lacks a size or the file a tensor, or a prefix cannot be divided among its heads;
+        RuntimeError, saying "size mismatch" and both shapes, if they disagree.
     """
     fields = config_fields(config)
     if _method(fields) not in _METHODS:
@@ -52,6 +52,12 @@ def check_prompt_shapes(weights: WeightsFile, config: Any) -> None:
             raise ValueError(f"{weights.where}: the adapter's {name!r} is not in the file")
         if weights.tensors[name].shape != expected:
             raise RuntimeError(f"{weights.where}: {mismatch(name, weights.tensors[name].shape, expected)}")
+    width, heads = fields.get("token_dim"), fields.get("num_attention_heads")
+    if _method(fields) == "PREFIX_TUNING" and width and heads and width % heads:
+        raise ValueError(
+            f"{weights.where}: token_dim={width} is no multiple of num_attention_heads={heads}: keys and values cannot "
+            "be divided among the heads"
+        )
 
 
 def _method(fields: Any) -> str:

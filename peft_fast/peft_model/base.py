@@ -147,7 +147,7 @@ class PeftModel(PromptLearning, AdapterFiles):
         if self._is_prompt_learning:
             raise AttributeError(f"{self.peft_type.value} has no adapter_bank: it is for LoRA")
         bank: AdapterBank = self.base_model.adapter_bank
-        bank.load = self._load_registered
+        bank.load, bank.prefixes = self._load_registered, self._prompt_configs
         return bank
 
     def __getattr__(self, name: str) -> Any:
@@ -273,6 +273,8 @@ class PeftModel(PromptLearning, AdapterFiles):
                 "Cannot combine adapters with different peft types. "
                 f"Found {self.peft_type} and {peft_config.peft_type}."
             )
+        if beside and adapter_name in self.adapter_bank.registered():
+            raise ValueError(f"Adapter with name '{adapter_name}' already exists: it is registered in adapter_bank.")
         self._add_head(peft_config)
         if peft_config.is_prompt_learning:
             self._add_prompt(adapter_name, peft_config)

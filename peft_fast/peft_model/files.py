@@ -22,13 +22,13 @@ from ..tuners._injection import Snapshot
 from ..utils._survey import survey_adapter
 from ..utils.initial_adapter import relative_to_initial
 from ..utils.offload import dispatch_again, take_hooks_off
-from ..utils.other import _prepare_prompt_learning_config
 from ..utils.save_and_load import (
     check_adapter_directory,
     get_peft_model_state_dict,
     load_adapter_weights,
     set_peft_model_state_dict,
 )
+from .saved_prompt import fitting
 
 if TYPE_CHECKING:
     from .base import PeftModel
@@ -166,9 +166,9 @@ class AdapterFiles(PushToHubMixin, nn.Module):
         directory = find_adapter(model_id, **_hub_kwargs(kwargs))
         config = PeftConfig.from_pretrained(directory) if config is None else config
         config.inference_mode = not is_trainable
-        _prepare_prompt(config, model)
         mismatched = kwargs.get("ignore_mismatched_sizes", False)
-        check_adapter_directory(directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=mismatched)
+        with fitting(directory, config, model):
+            check_adapter_directory(directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=mismatched)
         if key_mapping is None and not config.is_prompt_learning:
             # names that a new version of the architecture gave to its modules
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
@@ -178,13 +178,14 @@ class AdapterFiles(PushToHubMixin, nn.Module):
         before, had_config = Snapshot(model, adapter_name), hasattr(model, "peft_config")
         wrapped: PeftModel | None = None
         try:
-            wrapped = target(
-                model,
-                config,
-                adapter_name,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-                low_cpu_mem_usage=low_cpu_mem_usage,
-            )
+            with fitting(directory, config, model):
+                wrapped = target(
+                    model,
+                    config,
+                    adapter_name,
+                    autocast_adapter_dtype=autocast_adapter_dtype,
+                    low_cpu_mem_usage=low_cpu_mem_usage,
+                )
             wrapped._load_weights(
                 directory, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, key_mapping, kwargs
             )
@@ -242,15 +243,15 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             if is_new:
                 config = PeftConfig.from_pretrained(directory)
                 config.inference_mode = not is_trainable
-                _prepare_prompt(config, self.get_base_model())
-                check_adapter_directory(
-                    directory,
-                    config,
-                    adapter_name=adapter_name,
-                    ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
-                )
-                self._check_new_adapter_config(config, is_trainable=is_trainable)
-                self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+                with fitting(directory, config, self.get_base_model()):
+                    check_adapter_directory(
+                        directory,
+                        config,
+                        adapter_name=adapter_name,
+                        ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False),
+                    )
+                    self._check_new_adapter_config(config, is_trainable=is_trainable)
+                    self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
             return self._load_weights(
@@ -353,18 +354,6 @@ def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
     names = set(inspect.signature(hf_hub_download).parameters) - {"repo_id", "filename"}
     return {key: value for key, value in kwargs.items() if key in names and value is not None}
-
-
-def _prepare_prompt(config: Any, base: nn.Module) -> None:
-    """For prompt learning: the sizes that follow from the base model, before the file is compared with them.
-
-    Raises: ValueError if it should be trainable, and as `_prepare_prompt_learning_config`.
-    """
-    if not config.is_prompt_learning:
-        return
-    if not config.inference_mode:
-        raise ValueError("Cannot set a prompt learning adapter to trainable when loading pretrained adapter.")
-    _prepare_prompt_learning_config(config, getattr(base, "config", {}))
 
 
 def _refuse_offload(ephemeral_gpu_offload: bool) -> None:

@@ -11,7 +11,16 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import PrefixCall, check_positions, filled_cache, fit_sizes, give_back, install, prefix_layers
+from ..attention import (
+    DoesNotFit,
+    PrefixCall,
+    check_positions,
+    filled_cache,
+    fit_sizes,
+    give_back,
+    install,
+    prefix_layers,
+)
 from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..prompt_call import PromptCall, acquire, current_prompt, use_prompt
 from ..routing import BASE, MixedBatch, check_names, number_of_rows, use, wrong_length
@@ -109,9 +118,9 @@ class PromptLearning(nn.Module):
             weight = getattr(self.word_embeddings, "weight", None)
             if weight is not None and config.token_dim != weight.shape[1]:  # where the embedding is factorized
                 if "token_dim" in given:
-                    raise ValueError(
-                        f"Learned tokens do not fit the embedding of {type(base).__name__}: expected token_dim="
-                        f"{weight.shape[1]}, got {config.token_dim}. Leave it out of the configuration: it is filled in"
+                    raise DoesNotFit(
+                        f"Learned tokens do not fit the embedding of {type(base).__name__}",
+                        f"expected token_dim={weight.shape[1]}, got {config.token_dim}",
                     )
                 config.token_dim = weight.shape[1]
             encoder = make(config) if config.peft_type == PeftType.P_TUNING else make(config, self.word_embeddings)
@@ -324,14 +333,15 @@ class PromptLearning(nn.Module):
         call = current_prompt()
         in_cache = isinstance(call, SoftPromptCall) and self._task != "SEQ_2_SEQ_LM"
         if isinstance(call, PrefixCall):
-            in_cache = not call.fused or bool(kwargs.get("output_attentions"))
+            in_cache = call.in_cache(kwargs)
         config = kwargs.get("generation_config") or getattr(self.get_base_model(), "generation_config", None)
         kind = kwargs.get("cache_implementation") or getattr(config, "cache_implementation", None)
         if not in_cache or "static" not in (kind or ""):
             return kwargs
         warnings.warn(
             f"cache_implementation={kind!r} has no room for a prompt that goes into the cache: learned tokens, or a "
-            "prefix where peft_fast does not know the architecture, or with output_attentions. Using a dynamic cache.",
+            "prefix where peft_fast does not know the architecture, with output_attentions or under FlexAttention. "
+            "Using a dynamic cache.",
             stacklevel=3,
         )
         return {**kwargs, "cache_implementation": "dynamic"}

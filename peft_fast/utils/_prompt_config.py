@@ -28,12 +28,9 @@ def _prepare_prompt_learning_config(peft_config: PromptLearningConfig, model_con
     who = type(peft_config).__name__
     if peft_config.num_virtual_tokens is None:
         raise ValueError(f"{who}: num_virtual_tokens must be given")
-    values: Mapping[str, Any] = model_config.to_dict() if hasattr(model_config, "to_dict") else model_config
-    values = values.get("text_config") or values
+    values = _values(model_config)
     if peft_config.num_layers is None:
-        # an attribute that stands for another, which to_dict leaves out
-        layers = getattr(model_config, "num_hidden_layers", None)
-        peft_config.num_layers = _first(values, _LAYERS, "num_layers") if layers is None else layers
+        peft_config.num_layers = number_of_layers(model_config)
     if peft_config.token_dim is None:
         peft_config.token_dim = _first(values, _WIDTH, "token_dim")
     if peft_config.num_attention_heads is None:
@@ -52,6 +49,18 @@ def _prepare_prompt_learning_config(peft_config: PromptLearningConfig, model_con
     if hasattr(peft_config, "encoder_hidden_size") and peft_config.encoder_hidden_size is None:
         peft_config.encoder_hidden_size = peft_config.token_dim
     return peft_config
+
+
+def number_of_layers(model_config: Any) -> int:
+    """What PEFT fills in: of an encoder with a decoder, the encoder's. Raises: ValueError if none is told."""
+    # an attribute that stands for another, which to_dict leaves out
+    layers: int | None = getattr(model_config, "num_hidden_layers", None)
+    return _first(_values(model_config), _LAYERS, "num_layers") if layers is None else layers
+
+
+def _values(model_config: Any) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = model_config.to_dict() if hasattr(model_config, "to_dict") else model_config
+    return values.get("text_config") or values
 
 
 def _first(values: Mapping[str, Any], names: Sequence[str], field: str) -> int:
