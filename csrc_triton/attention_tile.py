@@ -19,8 +19,6 @@ from .aot import AotCase, case, x_type
 from .dropout import draw_words, threshold_of
 from .tuning import Candidate
 
-# Where the kernels of prefix attention are offered: others wait for their ahead-of-time check.
-CHECKED = ("sm_90",)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A number added to a score hides the key from here on: what models use for that is near the lowest of fp32 or bf16.
@@ -241,22 +239,19 @@ _VARIANTS: dict[str, dict[str, Any]] = {
     "dropout-mask": dict(mask_ptr="*u8", seed_ptr="*i64"),
     "softcap-window-sinks": dict(CAUSAL=True, WINDOWED=True, SOFTCAP=True, sinks_ptr="x"),
 }
-_FP32_VARIANTS = ("causal", "mask-window-rows")
 
 
 def attention_cases(
     kernel: Any, name: str, rows: list[Candidate], types: dict[str, str], **constants: Any
 ) -> Iterator[AotCase]:
-    """Every candidate at its largest head size in every variant (fp32: two of them); the first also at a head size that
-    is no power of two."""
+    """Every candidate at its largest head size in every variant; the first also at one that is no power of two."""
     integers = "causal_offset window threshold L S max_length group".split()
     for candidate in rows:
         x, D = x_type(candidate), candidate.max_rank
         shared = dict.fromkeys("q_ptr k_ptr v_ptr pk_ptr pv_ptr out_ptr dout_ptr".split(), x)
         shared |= dict.fromkeys((*integers, *(f"stride_{stride}" for stride in STRIDES)), "i32")
         shared |= dict.fromkeys("inner outer keep_scale scale".split(), "fp32")
-        variants = _VARIANTS if candidate.itemsize == 2 else {name: _VARIANTS[name] for name in _FP32_VARIANTS}
-        for variant, changes in variants.items():
+        for variant, changes in _VARIANTS.items():
             absent = dict.fromkeys("starts_ptr lengths_ptr past_ptr mask_ptr bias_ptr seed_ptr sinks_ptr".split())
             values = dict(CAUSAL=False, WINDOWED=False, SOFTCAP=False, stride_ms=1, stride_bj=1, BLOCK_D=block_d(D))
             pointers = {n: x if kind == "x" else kind for n, kind in changes.items() if n.endswith("_ptr")}

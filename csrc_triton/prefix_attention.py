@@ -21,7 +21,6 @@ from torch import Tensor
 from .aot import AotCase
 from .attention_softmax import attend_ordinary, attend_prefix, finished, initial
 from .attention_tile import (
-    CHECKED,
     LN2,
     attention_cases,
     keys_in_reach,
@@ -33,11 +32,16 @@ from .attention_tile import (
 )  # fmt: skip
 from .dropout import row_keys
 from .prefix_decode import prefix_decode
-from .tuning import ALWAYS, Candidate, candidates, config_for, on_device
+from .tuning import ALWAYS, CUDA, HOPPER, SMALL, Candidate, candidates, config_for, on_device
 
 CANDIDATES = candidates("prefix_fwd", [
-    Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 3, CHECKED, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 3, HOPPER, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=32), 8, 2, SMALL, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 4, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, itemsize=4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, HOPPER, 4, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16), 8, 1, SMALL, 4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 # Up to this many queries per key head (L times the group) are a decode.
 DECODE_QUERIES = 64

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from .aot import AotCase
 from .attention_tile import (
-    CHECKED,
     LOG2E,
     attention_cases,
     block_d,
@@ -41,22 +40,36 @@ from .attention_tile import (
 )  # fmt: skip
 from .dropout import row_keys
 from .planes import sum_planes
-from .tuning import ALWAYS, Candidate, candidates, config_for, on_device
+from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, candidates, config_for, on_device
 
 DQ_CANDIDATES = candidates("prefix_dq", [
-    Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 2, CHECKED, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=64), 4, 1, ("sm_100",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=32), 8, 1, SMALL, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 1, CUDA, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=16), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, itemsize=4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16), 8, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 DKV_CANDIDATES = candidates("prefix_dkv", [
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, CHECKED, max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, CHECKED, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_90",), max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_100",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, ("sm_80", "sm_90"), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 4, 1, ("gfx942",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, itemsize=4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16), 8, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 # PROGRAMS: how many to aim at when the work list is split
 DPREFIX_CANDIDATES = candidates("prefix_dprefix", [
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128, PROGRAMS=256), 8, 2, CHECKED, max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=64, PROGRAMS=256), 8, 2, CHECKED, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128, PROGRAMS=256), 8, 2, ("sm_90",), max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64, PROGRAMS=256), 8, 2, CUDA, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 4, 1, ("gfx942",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 8, 1, CUDA, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=256), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 8, 1, itemsize=4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16, PROGRAMS=256), 8, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 _DELTA_ROWS = 16
 
@@ -397,7 +410,7 @@ def aot_cases() -> Iterator[AotCase]:
     for x in ("bf16", "fp32"):
         names = "H L rows stride_doutb stride_doutl stride_douth D".split()
         yield AotCase(
-            kernel=_prefix_delta_kernel, name="prefix_delta", label=x, archs=CHECKED,
+            kernel=_prefix_delta_kernel, name="prefix_delta", label=x, archs=ARCHS,
             signature=dict(
                 dout_ptr=f"*{x}", out_ptr=f"*{x}", lse_ptr="*fp32", sums_ptr="*fp32", **dict.fromkeys(names, "i32"),
                 BLOCK_M="constexpr", BLOCK_D="constexpr",

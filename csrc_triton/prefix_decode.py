@@ -22,7 +22,6 @@ from torch import Tensor
 from .aot import AotCase
 from .attention_softmax import attend_ordinary, attend_prefix, finished, initial
 from .attention_tile import (
-    CHECKED,
     LN2,
     LOG2E,
     attention_cases,
@@ -33,12 +32,16 @@ from .attention_tile import (
     visible_range,
 )  # fmt: skip
 from .dropout import row_keys
-from .tuning import ALWAYS, Candidate, candidates, config_for, on_device
+from .tuning import ALWAYS, AMPERE, ARCHS, CUDA, Candidate, candidates, config_for, on_device
 
 # PROGRAMS: how many to aim at when keys are split
 CANDIDATES = candidates("prefix_decode", [
-    Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, CHECKED, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 1, CHECKED, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 2, AMPERE, 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 1, ARCHS[1:], 4, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16, PROGRAMS=512), 8, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 _MAX_SPLITS = 32  # of either kind; the merge holds all parts at once
 _MERGE_D = 64
@@ -192,7 +195,7 @@ def aot_cases() -> Iterator[AotCase]:
     yield from attention_cases(_prefix_decode_kernel, "prefix_decode", CANDIDATES, types)
     for out in ("bf16", "fp32"):
         yield AotCase(
-            kernel=_prefix_merge_kernel, name="prefix_merge", label=f"to-{out}", archs=CHECKED,
+            kernel=_prefix_merge_kernel, name="prefix_merge", label=f"to-{out}", archs=ARCHS,
             signature=dict(
                 parts_ptr="*fp32", sums_ptr="*fp32", sinks_ptr="*bf16", out_ptr=f"*{out}", lse_ptr="*fp32",
                 H="i32", L="i32", PARTS="i32", D="i32", BLOCK_PARTS="constexpr", BLOCK_D="constexpr",

@@ -140,7 +140,7 @@ def test_an_unknown_name_lists_the_names(monkeypatch):
 def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
     rows = choice.describe()
     assert {"cpu, 4096x4096 bf16 r16, one token"} <= {row.situation for row in rows}
-    assert {row.op for row in rows} == {"lora_linear", "lora_mixed", "prefix_attention"}
+    assert {row.op for row in rows} == {"lora_linear", "lora_mixed", "prefix_attention", "lora_linear_4bit"}
     assert all(row.reason for row in rows)
     assert f"{rows[0]}".startswith("lora_linear      cpu, 4096x4096 bf16 r16, one token")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -1,5 +1,7 @@
 """prefix_attention as an operator: registration, torch.compile, errors and the choice of an implementation."""
 
+import types
+
 import pytest
 import torch
 from prefix_oracle import SHAPE, draw, options_of
@@ -172,16 +174,16 @@ def test_choice(monkeypatch):
     monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
     monkeypatch.setattr(choice, "_is_checked", lambda device: False)
     assert choice.choose_prefix(gpu, torch.bfloat16, 64).name == "torch"
-    with pytest.raises(RuntimeError, match=r"compute capability 9\.0 only"):
+    with pytest.raises(RuntimeError, match=r"8\.0, 9\.0 and 10\.0 and gfx942 only"):
         choice.choose_prefix(gpu, torch.bfloat16, 64, "kernel")
     monkeypatch.setattr(choice, "_is_checked", lambda device: True)
     assert choice.choose_prefix(cpu, torch.float32, 64) == ("torch", "cpu tensors take plain torch")
-    assert choice.choose_prefix(gpu, torch.bfloat16, 128).name == "kernel"
-    assert choice.choose_prefix(gpu, torch.bfloat16, 129).name == "torch"
+    assert choice.choose_prefix(gpu, torch.bfloat16, 256).name == "kernel"
+    assert choice.choose_prefix(gpu, torch.bfloat16, 257).name == "torch"
     assert choice.choose_prefix(gpu, torch.float64, 64).name == "torch"
     assert choice.choose_prefix(gpu, torch.bfloat16, 64, "torch") == ("torch", "forced by the argument")
-    with pytest.raises(ValueError, match="at most 128"):
-        choice.choose_prefix(gpu, torch.bfloat16, 129, "kernel")
+    with pytest.raises(ValueError, match="at most 256"):
+        choice.choose_prefix(gpu, torch.bfloat16, 257, "kernel")
     with pytest.raises(TypeError, match="no kernel for float64"):
         choice.choose_prefix(gpu, torch.float64, 64, "kernel")
     monkeypatch.setenv("PEFT_FAST_PREFIX", "torch")
@@ -196,3 +198,19 @@ def test_choice(monkeypatch):
     monkeypatch.setattr(choice, "has_triton", lambda: False)
     assert choice.choose_prefix(gpu, torch.bfloat16, 64) == ("torch", "triton is not installed")
     assert any(f"{row}".startswith("prefix_attention cpu, bf16, heads of 128") for row in choice.describe())
+
+
+def test_where_kernels_are_offered(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
+    monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        name = choice.choose_prefix(gpu, torch.bfloat16, 64).name
+        assert name == ("kernel" if capability in [(8, 0), (9, 0), (10, 0)] else "torch"), capability
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    for arch, name in (("gfx942:sramecc+:xnack-", "kernel"), ("gfx90a", "torch"), ("gfx950", "torch")):
+        chip = types.SimpleNamespace(gcnArchName=arch)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, chip=chip: chip)
+        assert choice.choose_prefix(gpu, torch.bfloat16, 64).name == name, arch

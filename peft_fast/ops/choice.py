@@ -15,8 +15,10 @@ A batch that mixes adapters ("lora_mixed") takes plain torch on a CPU only: on a
 Attention with a learned prefix ("prefix_attention") takes its kernel on every GPU that has one for the call ("kernel"):
 plain torch has no path there that leaves the prefix shared. Its variable is PEFT_FAST_PREFIX.
 
-For the others a kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says that it
-wins:
+Ops on quantized weights take bitsandbytes' library ("torch") or ours ("kernel"); their variable is PEFT_FAST_QUANT.
+
+Apart from attention a kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says
+that it wins:
 
     {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gpu", "torch", "triton", "date", "commit"}
 
@@ -38,10 +40,15 @@ MIXED_IMPLEMENTATIONS = ("auto", "torch", "grouped", "one_launch", "split")
 PREFIX_IMPLEMENTATIONS = ("auto", "torch", "kernel")
 VARIABLE = "PEFT_FAST_LORA"
 PREFIX_VARIABLE = "PEFT_FAST_PREFIX"
+QUANT_IMPLEMENTATIONS = ("auto", "torch", "kernel")
+QUANT_VARIABLE = "PEFT_FAST_QUANT"
 ONE_LAUNCH_MAX_RANK = 128  # s of a program's rows stays in registers
 ONE_LAUNCH_MAX_MR = 16384  # every program computes s: beyond this, that costs more than a second launch
 MIXED_ONE_LAUNCH_MAX_M = 64  # every program holds all rows of x
-PREFIX_MAX_HEAD_DIM = 128  # a program holds whole rows of q, k and v
+PREFIX_MAX_HEAD_DIM = 256  # a program holds whole rows of q, k and v
+# Other chips may have less shared memory than the kernels of prefix attention need (99 KB on 8.6, 8.9 and 12.0).
+_PREFIX_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
+_PREFIX_CHIPS = "compute capability 8.0, 9.0 and 10.0 and gfx942"
 _KERNELS = ("addmm", "one_launch", "split", "grouped")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -161,14 +168,15 @@ def choose_prefix(device: torch.device, dtype: torch.dtype, D: int, implementati
         if D > PREFIX_MAX_HEAD_DIM:
             return Choice("torch", f"no kernels for heads of {D} elements, only up to {PREFIX_MAX_HEAD_DIM}")
         if not _is_checked(device):
-            return Choice("torch", f"kernels are checked for compute capability 9.0 only, and this is {_gpu(device)}")
+            return Choice("torch", f"kernels are checked for {_PREFIX_CHIPS} only, and this is {_gpu(device)}")
         return Choice("kernel", "reads a prefix once for all rows that share it")
     if name == "kernel":
         _check_runs(op, name, PREFIX_VARIABLE, ", or force 'torch'", device, dtype)
         if device.type == "cuda" and not _is_checked(device):
             raise RuntimeError(
-                f"{op}: implementation 'kernel' is checked for compute capability 9.0 only, and {device} is a "
-                f"{_gpu(device)}: leave the argument implementation= (or {PREFIX_VARIABLE}) at 'auto', or force 'torch'"
+                f"{op}: implementation 'kernel' is checked for {_PREFIX_CHIPS} only (others may have too little shared "
+                f"memory), and {device} is a {_gpu(device)}: leave the argument implementation= (or {PREFIX_VARIABLE}) "
+                "at 'auto', or force 'torch'"
             )
         if D > PREFIX_MAX_HEAD_DIM:
             raise ValueError(
@@ -178,9 +186,38 @@ def choose_prefix(device: torch.device, dtype: torch.dtype, D: int, implementati
     return Choice(name, "forced by the argument" if implementation else f"forced by {PREFIX_VARIABLE}")
 
 
+def choose_quantized(
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, implementation: str | None = None
+) -> Choice:
+    """Return the implementation of an op on a quantized weight (N, K): "torch", or "kernel".
+
+    "torch" is bitsandbytes' own library where that is right. ops: "dequantize_4bit" (M and R are 1), and for inference
+    "lora_linear_4bit", "lora_linear_mixed_4bit", "lora_linear_int8".
+    Raises: ValueError on an unknown name; RuntimeError when a forced "kernel" cannot run on ``device``; TypeError when
+        it has no version for ``dtype``.
+    """
+    asked = None if implementation == "auto" else implementation
+    name = asked or os.environ.get(QUANT_VARIABLE) or "auto"
+    if name not in QUANT_IMPLEMENTATIONS:
+        raise ValueError(f"{op}: implementation must be one of {QUANT_IMPLEMENTATIONS}, got {name!r}")
+    if name == "kernel":
+        _check_runs(op, name, QUANT_VARIABLE, ", or force 'torch'", device, dtype)
+    if name != "auto":
+        return Choice(name, "forced by the argument" if asked else f"forced by {QUANT_VARIABLE}")
+    if device.type != "cuda":
+        return Choice("torch", f"{device.type} tensors take bitsandbytes' library where it is right, else plain torch")
+    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), False) if has_triton() else ():
+        if limit >= M:
+            return choice
+    where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
+    return Choice("torch", f"no measured entry for {where}; bitsandbytes' library")
+
+
 def _is_checked(device: torch.device) -> bool:
-    """Whether the kernels of prefix attention were compiled ahead of time for this GPU (attention_tile.CHECKED)."""
-    return not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
+    """Whether the kernels of prefix attention were compiled ahead of time for this GPU."""
+    if torch.version.hip:
+        return bool(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] == "gfx942")
+    return torch.cuda.get_device_capability(device) in _PREFIX_CAPABILITIES
 
 
 def describe() -> list[Situation]:
@@ -207,6 +244,11 @@ def describe() -> list[Situation]:
         except (RuntimeError, ValueError, TypeError) as error:
             choice = Choice("an error", str(error))
         rows.append(Situation("prefix_attention", f"{where}, bf16, heads of 128", *choice))
+        try:
+            choice = choose_quantized("lora_linear_4bit", device, torch.bfloat16, 1, 4096, 4096, 16)
+        except (RuntimeError, ValueError, TypeError) as error:
+            choice = Choice("an error", str(error))
+        rows.append(Situation("lora_linear_4bit", f"{where}, 4096x4096 bf16 r16, one token", *choice))
     return rows
 
 

@@ -8,7 +8,6 @@ from prefix_oracle import NAMES, concatenated, draw, features, in_double, run, s
 from torch import Tensor
 
 from csrc_triton import (
-    attention_tile,
     prefix_attention as fwd,
     prefix_attention_bwd as bwd,
     prefix_decode as decode,
@@ -31,8 +30,10 @@ CALLS = {
     "T5": (dict(PREFILL, Hkv=4, T=20), ["additive", "bias"]),
     "BERT": (dict(PREFILL, Hkv=4, L=70), ["bool", "dropout"]),
     "gpt-oss": (dict(PREFILL, Hkv=1, D=80, T=20), ["causal", "sinks+softcap+scale"]),
-    "head-96": (dict(PREFILL, D=96, T=1), []),
+    "head-96": (dict(PREFILL, B=2, L=40, S=37, D=96, T=1), []),
     "head-128": (dict(PREFILL, B=1, D=128, Hq=1, Hkv=1, T=3), []),
+    "head-256": (dict(PREFILL, B=1, L=40, S=37, D=256, Hq=2, Hkv=1, T=3), ["causal"]),
+    "decode-256": (dict(DECODE, B=1, Hq=2, Hkv=1, S=40, D=256, T=3), []),
     "no-keys": (dict(PREFILL, S=0), []),
     "no-prefix": (dict(PREFILL, T=0, S=5), ["causal"]),
     "decode": (dict(DECODE, S=130, Hkv=1), ["causal"]),
@@ -258,20 +259,24 @@ ALL = {
     "prefix_fwd": fwd.CANDIDATES, "prefix_decode": decode.CANDIDATES, "prefix_dq": bwd.DQ_CANDIDATES,
     "prefix_dkv": bwd.DKV_CANDIDATES, "prefix_dprefix": bwd.DPREFIX_CANDIDATES,
 }  # fmt: skip
-EACH = [(kernel, c) for kernel, rows in ALL.items() for c in rows]
+# one for all architectures and head sizes
+EACH = {(f"{kernel}-{c.label}", c.itemsize): (kernel, c) for kernel, rows in ALL.items() for c in rows}
 
 
-@pytest.mark.parametrize("kernel, candidate", EACH, ids=[f"{kernel}-{c.label}-d{c.max_rank}" for kernel, c in EACH])
+@pytest.mark.parametrize("kernel, candidate", EACH.values(), ids=[f"{name}-{8 * size}bit" for name, size in EACH])
 def test_every_candidate(kernel, candidate, force):
     """On sizes that need several tiles in each direction and fill none."""
     force(kernel, candidate.config)
-    L = 5 if kernel == "prefix_decode" else max(candidate.blocks["BLOCK_M"], 64) + 3
-    shape, options = call_of(dict(PREFILL, L=L, S=75, D=20, Hq=2, Hkv=1), ["rows", "causal"])
+    L = 5 if kernel == "prefix_decode" else max(candidate.blocks["BLOCK_M"], 32) + 3
+    S = max(candidate.blocks["BLOCK_N"], 32) + 11
+    shape = dict(B=2, Hq=2, Hkv=1, L=L, S=S, D=20, T=40)
+    starts, lengths = torch.tensor([0, 20], **INT), torch.tensor([33, 17], **INT)
+    options = dict(starts=starts, lengths=lengths, max_length=MAX_LENGTH, causal_offset=S - L)
     check(shape, options, torch.float32 if candidate.itemsize == 4 else torch.bfloat16)
 
 
 def test_every_kernel_has_a_default_everywhere():
-    for arch, itemsize, kernel in itertools.product(attention_tile.CHECKED, (2, 4), ALL):
+    for arch, itemsize, kernel in itertools.product(tuning.ARCHS, (2, 4), ALL):
         offered = list(tuning.candidates_for(kernel, arch, itemsize))
-        for M, D in itertools.product((1, 64, 1 << 20), (16, 32, 64, 128)):
+        for M, D in itertools.product((1, 64, 1 << 20), (16, 32, 64, 128, 256)):
             assert any(M <= c.default_to and D <= c.max_rank for c in offered), (kernel, arch, itemsize, M, D)
