@@ -4,6 +4,7 @@ Public names are those of `peft` (LoraConfig, get_peft_model, PeftModel, ...). T
 `import peft_fast` costs next to nothing on top of `import torch` and needs neither triton, nor bitsandbytes, nor a GPU.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +42,22 @@ _EXPORTS: dict[str, tuple[str, ...]] = {
     "tuners.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "tuners.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "tuners.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
-    "utils": ("PeftType", "TaskType", "get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"),
+    "utils": (
+        "PeftType",
+        "TaskType",
+        "get_peft_model_state_dict",
+        "load_peft_weights",
+        "prepare_model_for_kbit_training",
+        "set_peft_model_state_dict",
+    ),
 }
 _SUBMODULES = ("auto", "config", "functional", "helpers", "mapping", "mixed_model", "peft_model", "tuners", "utils")
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF), "__version__"]
+# this library's own, beside PEFT's
+_OWN = {"run_as_peft": "integrations.run_as_peft"}
+
+__all__ = [*sorted(_MODULE_OF), *_OWN, "__version__"]
 
 if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
     from .auto import (
@@ -60,6 +71,7 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification,
     )
     from .config import PeftConfig as PeftConfig, PromptLearningConfig as PromptLearningConfig
+    from .integrations.run_as_peft import run_as_peft as run_as_peft
     from .mapping import (
         PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING,
         get_peft_config as get_peft_config,
@@ -99,20 +111,25 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         TaskType as TaskType,
         get_peft_model_state_dict as get_peft_model_state_dict,
         load_peft_weights as load_peft_weights,
+        prepare_model_for_kbit_training as prepare_model_for_kbit_training,
         set_peft_model_state_dict as set_peft_model_state_dict,
     )
 
 
 def __getattr__(name: str) -> Any:
     """Import a public name, or a sub-module such as `peft_fast.helpers`, on first use."""
-    if name in _MODULE_OF:
-        value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    if name in _MODULE_OF or name in _OWN:
+        value = getattr(import_module(f"{__name__}.{_MODULE_OF.get(name) or _OWN[name]}"), name)
         globals()[name] = value  # the next look-up does not come here
         return value
     if name in _SUBMODULES:  # `import peft_fast; peft_fast.utils.other...`, as in PEFT
         return import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name.startswith("_"):  # asked for by the import system and by tools, often
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .utils.missing import missing_text
+
+    raise AttributeError(missing_text(sys.modules[__name__], name))
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULE_OF, *_SUBMODULES})
+    return sorted({*globals(), *_MODULE_OF, *_OWN, *_SUBMODULES})

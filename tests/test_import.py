@@ -45,7 +45,7 @@ def run_python(code: str, **environment: str) -> str:
 
 def test_public_names_are_pefts() -> None:
     assert set(LORA_NAMES) <= set(peft_fast.__all__)
-    assert set(peft_fast.__all__) - {"__version__"} <= set(peft.__all__)
+    assert set(peft_fast.__all__) - {"__version__", "run_as_peft"} <= set(peft.__all__)
     assert set(peft_fast.__all__) <= set(dir(peft_fast))
 
 
@@ -61,7 +61,7 @@ def test_type_checkers_see_the_same_names() -> None:
     tree = ast.parse(Path(peft_fast.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
-    assert seen == peft_fast._MODULE_OF
+    assert seen == peft_fast._MODULE_OF | peft_fast._OWN
 
 
 def test_submodules_are_reachable_and_strangers_are_not() -> None:

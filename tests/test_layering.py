@@ -17,10 +17,10 @@ LAYERS = (
     ("tuners", "attention", "soft_prompts"),
     # utils: the rest of it
     ("config", "utils", "adapter_bank", "adapter_record", "slot_tables", "routing", "prompt_call", "checkpoint"),
-    ("ops.functional", "ops.prefix_functional"),
+    ("ops.functional", "ops.prefix_functional", "ops.quantized_functional"),
     ("quant",),
     ("ops",),
-    ("reference", "reference_mixed", "reference_prefix", "reference_prefix_scores"),
+    ("reference", "reference_mixed", "reference_prefix", "reference_prefix_scores", "reference_quant"),
 )  # fmt: skip
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {

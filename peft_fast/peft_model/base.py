@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ..checkpoint import check_adapter_name
 from ..config import PeftConfig
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from ..prompt_call import use_prompt
+from ..quant import restore_all
 from ..status import (
     TunerLayerStatus,
     TunerModelStatus,
@@ -199,6 +200,13 @@ class PeftModel(PromptLearning, AdapterFiles):
             # the encoder has its learned tokens; the forwards that follow are the decoder's
             with nullcontext() if prompted is kwargs else use_prompt(None):
                 return self.get_base_model().generate(*args, **prompted)  # type: ignore[operator]
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training or evaluation mode; for training, 4-bit weights that inference packed are unpacked."""
+        super().train(mode)
+        if mode:
+            restore_all(self)
+        return self
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

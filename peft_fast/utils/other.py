@@ -1,11 +1,12 @@
 """Helpers on modules that the tuners, the models and the files share, under PEFT's names."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ._fsdp import fsdp_auto_wrap_policy
 from ._prompt_config import _prepare_prompt_learning_config
 from ._wrappers import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_layer_requires_grad, as_names
 
@@ -27,9 +28,11 @@ __all__ = [
     "adapter_modules",
     "as_names",
     "cast_mixed_precision_params",
+    "fsdp_auto_wrap_policy",
     "get_quantization_config",
     "id_tensor_storage",
     "infer_device",
+    "prepare_model_for_kbit_training",
     "set_additional_trainable_modules",
     "set_wrappers",
     "shift_tokens_right",
@@ -297,6 +300,51 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
     """What identifies a tensor's storage (device, address, bytes): equal for two tensors that share all of it."""
     storage = tensor.untyped_storage()
     return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def prepare_model_for_kbit_training(
+    model: nn.Module,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
+) -> nn.Module:
+    """Make a quantized model ready for training adapters, in place; returns it. As PEFT's function.
+
+    Everything is frozen. What is in 16 bits and not quantized (norms, embeddings, the head) becomes fp32, except in
+    formats whose layers need it as it is. Then gradient checkpointing is switched on.
+
+    Args:
+        model: of transformers.
+        use_gradient_checkpointing: for quantized models only.
+        gradient_checkpointing_kwargs: of `gradient_checkpointing_enable`. Unless "use_reentrant" is False in it, the
+            embeddings' output requires grad, without which such checkpoints have no gradient.
+        auto_clear_cache: give the memory that the casts freed back to the GPU's driver.
+    """
+    method = getattr(model, "quantization_method", None)
+    method = "hqq" if getattr(model, "hqq_quantized", False) else getattr(method, "value", method)
+    keeps_dtypes = method in ("gptq", "aqlm", "eetq", "torchao", "hqq")
+    model.requires_grad_(False)
+    if not keeps_dtypes:
+        for parameter in model.parameters():
+            # packed 4-bit codes may be stored in a 16-bit type
+            if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.to(torch.float32)
+        if auto_clear_cache and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    bits = any(getattr(model, f"is_loaded_in_{name}", False) for name in ("8bit", "4bit"))
+    if use_gradient_checkpointing and (bits or keeps_dtypes):
+        settings, transformers_model = gradient_checkpointing_kwargs or {}, cast(Any, model)
+        if settings.get("use_reentrant", True):
+            if hasattr(model, "enable_input_require_grads"):
+                transformers_model.enable_input_require_grads()
+            else:
+                transformers_model.get_input_embeddings().register_forward_hook(_require_grad)
+        transformers_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+    return model
+
+
+def _require_grad(module: nn.Module, args: Any, output: Tensor) -> None:
+    output.requires_grad_(True)
 
 
 def get_quantization_config(model: nn.Module, method: str) -> Any:

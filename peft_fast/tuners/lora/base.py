@@ -202,30 +202,39 @@ class LoraLayer(BaseTunerLayer):
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         base_layer: Any = self.get_base_layer()
         self._check_mergeable(base_layer, name)
-        weight, delta = base_layer.weight.data, self.get_delta_weight(name).detach()
+        weight, delta = self._read_weight(base_layer), self.get_delta_weight(name).detach()
         bias = base_layer.bias.data if self.lora_bias[name] else None
         if not safe_merge:
             weight += delta
             if bias is not None:
                 bias += self._delta_bias(name)
-            return
-        weight = weight + delta.to(weight.dtype)
-        finite = torch.isfinite(weight).all()
-        if bias is not None:
-            bias = (bias + self._delta_bias(name)).to(bias.dtype)
-            finite &= torch.isfinite(bias).all()
-        if not finite:
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        base_layer.weight.data = weight
+        else:
+            weight = weight + delta.to(weight.dtype)
+            finite = torch.isfinite(weight).all()
+            if bias is not None:
+                bias = (bias + self._delta_bias(name)).to(bias.dtype)
+                finite &= torch.isfinite(bias).all()
+            if not finite:
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self._write_weight(base_layer, weight)
         if bias is not None:
             base_layer.bias.data = bias
+
+    def _read_weight(self, base_layer: Any) -> Tensor:
+        """The base weight as plain numbers: the weight itself, or a copy where it is kept otherwise."""
+        weight: Tensor = base_layer.weight.data
+        return weight
+
+    def _write_weight(self, base_layer: Any, weight: Tensor) -> None:
+        """Make what `_read_weight` gave, changed, the base weight."""
+        base_layer.weight.data = weight
 
     def _check_mergeable(self, base_layer: Any, name: str) -> None:
         weight = getattr(base_layer, "weight", None)
         if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
             raise ValueError(
                 f"Cannot merge adapter {name!r} into a {type(base_layer).__name__} whose weight is quantized "
-                f"({getattr(weight, 'dtype', 'no weight')}): not supported by peft_fast yet"
+                f"({getattr(weight, 'dtype', 'no weight')}): this format cannot be dequantized and quantized again here"
             )
         if self.lora_bias[name] and getattr(base_layer, "bias", None) is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
@@ -244,7 +253,9 @@ class LoraLayer(BaseTunerLayer):
             name = self.merged_adapters.pop()
             if name not in self.scaling:  # deleted since
                 continue
-            base_layer.weight.data -= self.get_delta_weight(name).detach().to(base_layer.weight.dtype)
+            weight = self._read_weight(base_layer)
+            weight -= self.get_delta_weight(name).detach().to(weight.dtype)
+            self._write_weight(base_layer, weight)
             if self.lora_bias[name]:
                 base_layer.bias.data -= self._delta_bias(name)
 

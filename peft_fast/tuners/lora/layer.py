@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...ops.functional import lora_linear, lora_update, new_seed
+from ...ops.functional import MixedPlan, MixedSite, lora_linear, lora_update, new_seed
 from ...routing import current
 from .._base_layer import BaseTunerLayer
 from . import mixed
@@ -114,14 +114,23 @@ class Linear(_LoraModule):
                         result = self._fused(base_layer, x, adapter)
                         if result is not None:
                             continue
-                    result = base_layer(x, *args, **kwargs)
+                    result = self._run_base(x, *args, **kwargs)
                 if adapter is None:
                     result = (result + self._low_rank(x, name)).to(result.dtype)
                 else:
                     result = _update(result, x, adapter)
         elif self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        return base_layer(x, *args, **kwargs) if result is None else result
+        return self._run_base(x, *args, **kwargs) if result is None else result
+
+    def _run_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's own output."""
+        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
+        return y
+
+    def mixed_product(self, x: Tensor, site: MixedSite, plan: MixedPlan) -> Tensor | None:
+        """The layer's output for a mixed batch, of a base that has a product of its own for that; None of others."""
+        return None
 
     def _plain_adapter(self, x: Tensor, name: str) -> _Adapter | None:
         """The adapter's tensors, or None if it or x is anything but plain: then its modules have to be called."""

@@ -30,18 +30,22 @@ def linear(layer: Linear, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: An
     adapters: Any = layer.lora_A
     count = batch.count_rows(x.shape[:-1])
     if batch.on_host(x, lambda name: name in adapters and any(p.requires_grad for p in adapters[name].parameters())):
-        result = layer.base_layer(x, *args, **kwargs)
+        output = layer._run_base(x, *args, **kwargs)
         # only what is known to be new memory is written to
         fresh = layer._plain_base(x) and not args and not kwargs and not torch.is_grad_enabled()
-        return _linear_on_host(layer, batch, x, result, fresh, count)
+        return _linear_on_host(layer, batch, x, output, fresh, count)
     plan, how = batch.plan(count, x.device), batch.implementation
     site = batch.bank.sites[layer.mixed_site]  # after the plan, which may give adapters slots
-    if layer._plain_base(x) and not args and not kwargs and not torch.is_autocast_enabled(x.device.type):
-        base: Any = layer.base_layer
-        weight = base.weight.T if layer.is_target_conv_1d_layer else base.weight
-        result = lora_linear_mixed(x, weight, site, plan, base.bias, implementation=how)
-    else:
-        result = layer.base_layer(x, *args, **kwargs)
+    result: Tensor | None = None
+    if not args and not kwargs:
+        if layer._plain_base(x) and not torch.is_autocast_enabled(x.device.type):
+            base: Any = layer.base_layer
+            weight = base.weight.T if layer.is_target_conv_1d_layer else base.weight
+            result = lora_linear_mixed(x, weight, site, plan, base.bias, implementation=how)
+        else:
+            result = layer.mixed_product(x, site, plan)
+    if result is None:
+        result = layer._run_base(x, *args, **kwargs)
         result = lora_update_mixed(result, x.to(result.dtype), site, plan, implementation=how)
     return _with_odd(layer, batch, x, result, batch.bank.odd_at(layer.mixed_site))
 

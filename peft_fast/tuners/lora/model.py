@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from ...utils.other import ModulesToSaveWrapper, _freeze_adapter
 from ..tuners_utils import BaseTuner, get_pattern_key
+from .bnb import dispatch_quantized
 from .init import check_init
 from .layer import LoraLayer, dispatch_default
 from .mixed_model import MixedBatches
+from .tensor_parallel import split_like_base
 from .weighted import COMBINATION_TYPES, PLAIN_TYPES, Recipe, combine_layer
 
 
@@ -71,16 +73,26 @@ class LoraModel(MixedBatches, BaseTuner):
         r, alpha = self._rank_and_alpha(peft_config, current_key)
         if isinstance(target, LoraLayer):
             target.update_layer(adapter_name, r, alpha, peft_config)
+            split_like_base(self.model, target, adapter_name, current_key)
             return
-        layer = self._create_new_module(peft_config, adapter_name, target, r=r, lora_alpha=alpha)
+        quantizer = getattr(getattr(self.model, "hf_quantizer", None), "quantization_config", None)
+        requantize = getattr(quantizer, "get_apply_tensor_subclass", None)  # torchao's
+        layer = self._create_new_module(
+            peft_config, adapter_name, target, r=r, lora_alpha=alpha, get_apply_tensor_subclass=requantize
+        )
         if adapter_name not in self.active_adapters:
             layer.set_requires_grad(adapter_name, False)
+        split_like_base(self.model, layer, adapter_name, current_key)
         self._replace_module(parent, target_name, layer, target)
 
     @staticmethod
-    def _create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
+    def _create_new_module(
+        lora_config: Any, adapter_name: str, target: nn.Module, get_apply_tensor_subclass: Any = None, **kwargs: Any
+    ) -> Any:
         """The layer for a target. Raises: ValueError for a type that LoRA cannot adapt."""
-        layer = dispatch_default(target, adapter_name, lora_config, **kwargs)
+        layer = dispatch_quantized(target, adapter_name, lora_config, get_apply_tensor_subclass, **kwargs)
+        if layer is None:
+            layer = dispatch_default(target, adapter_name, lora_config, **kwargs)
         if layer is None:
             raise ValueError(
                 f"Target module {target} is not supported. Currently, only the following modules are supported: "
