@@ -80,7 +80,7 @@ def load(directory: Path, adapters: Mapping[str, Path], device: torch.device, dt
         encoder_decoder = bool(config.is_encoder_decoder)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         base = auto.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device).eval()
-        codec = _codec(directory, base.generation_config, config.get_text_config().vocab_size)
+        codec = codec_of(directory, base.generation_config, config.get_text_config().vocab_size)
     except Exception as error:  # transformers raises anything for files that are wrong
         raise CommandError(f"--model {directory}: {error}") from error
     model = _with_adapters(base, ordered)
@@ -186,7 +186,12 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
     return model
 
 
-def _codec(directory: Path, generation_config: Any, vocab_size: int) -> Codec | None:
+def codec_of(directory: Path, generation_config: Any, vocab_size: int) -> Codec | None:
+    """The tokenizer in a model's directory; bytes in its place if the vocabulary is theirs; None if it is not.
+
+    Args:
+        generation_config: of the model, for its special tokens.
+    """
     if any((directory / name).is_file() for name in _TOKENIZER_FILES):
         from transformers import AutoTokenizer
 

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from peft_fast import __version__
 
+from . import train_options
 from .errors import CommandError, UsageError
 
 
@@ -26,11 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(args)
     except KeyboardInterrupt:
+        if command is _run:
+            raise
         return _complain("stopped. What was finished is kept: the same command goes on from there", 130)
     except UsageError as error:
         return _complain(f"error: {error}", 2)
     except (CommandError, OSError, ValueError, RuntimeError) as error:  # what the library raises for bad input
-        if args.debug:
+        if args.debug or command is _run:  # the program's own errors are shown as Python shows them
             raise
         return _complain(f"error: {_one_line(error)}", 1)
 
@@ -68,6 +71,15 @@ def build_parser() -> OneLineParser:
         "has to fit it, with none missing",
     )
     _add_generate(commands)
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a model, quantized or not, with LoRA, a prefix or learned tokens, on a file of examples",
+        description=train_options.DESCRIPTION,
+        epilog=train_options.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train_options.add_to(train)
+    _add_run(commands)
     return parser
 
 
@@ -163,6 +175,24 @@ examples:
       --settings '{"do_sample": true, "temperature": 0.7}'"""
 
 
+def _add_run(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
+    run = commands.add_parser(
+        "run",
+        help="run a program that uses peft, unchanged, with peft_fast in peft's place",
+        description="Run a script, or with -m a module, as python would, where `import peft` means peft_fast: for the\n"
+        "program, the libraries it uses (transformers, accelerate, trl, ...) and the Python processes it starts.\n"
+        "Whether peft is installed does not matter. A name of peft that peft_fast does not have is an ImportError\n"
+        "that says what there is. Exit code: the program's own; 2 if there is no such program.",
+        epilog="examples: peft-fast run train.py --lr 1e-4\n"
+        "          peft-fast run -m torch.distributed.run --nproc-per-node 2 train.py --lr 1e-4",
+        usage="peft-fast run [-h] [-m] SCRIPT [ARGUMENT ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    run.add_argument("-m", action="store_true", dest="is_module", help="SCRIPT is the name of a module")
+    run.add_argument("target", metavar="SCRIPT", help="the program")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="what the program gets")
+
+
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 
@@ -190,7 +220,20 @@ def _generate(args: argparse.Namespace) -> int:
     return generate.run(generate.Options(**{name: getattr(args, name) for name in generate.Options._fields}))
 
 
-COMMANDS = {"demo": _demo, "info": _info, "check": _check, "generate": _generate}
+def _train(args: argparse.Namespace) -> int:
+    options = train_options.from_arguments(args)
+    from . import train
+
+    return train.run(options)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from . import run
+
+    return run.run(args.target, args.arguments, args.is_module)
+
+
+COMMANDS = {"demo": _demo, "info": _info, "check": _check, "generate": _generate, "train": _train, "run": _run}
 
 
 def _positive(text: str) -> int:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..checkpoint import find_adapter, open_weights
+from ._gather import gathered, roll_call
 from ._survey import (
     Slot,
     Survey,
@@ -73,22 +74,26 @@ def get_peft_model_state_dict(
     for entries in (biases, survey.auxiliary, _embeddings_to_save(model, config, survey, save_embedding_layers)):
         for name, slot in entries.items():
             names.setdefault(name, slot.key)
-    result = {name: _gathered(name, source[key], adapter_name) for name, key in names.items() if key in source}
-    result.update(_prompt_tensors(survey, source, adapter_name))
+    chosen = {name: source[key] for name, key in names.items() if key in source}
+    of_encoder = _encoder_tensors(survey, source)
+    roll_call([*chosen.values(), *of_encoder.values()], adapter_name)
+    result = {name: gathered(name, value, adapter_name) for name, value in chosen.items()}
+    if survey.encoder is not None:
+        weights = {name: gathered(name, value, adapter_name) for name, value in of_encoder.items()}
+        result.update(_prompt_tensors(survey.encoder, weights))
     if not given:
         _warn_if_partitioned(result, adapter_name)
     return result
 
 
-def _prompt_tensors(survey: Survey, source: Mapping[str, Any], adapter_name: str) -> dict[str, Any]:
+def _encoder_tensors(survey: Survey, source: Mapping[str, Any]) -> dict[str, Any]:
+    """The tensors of the adapter's prompt encoder under their names in it; empty if it has none."""
+    own = {} if survey.encoder is None else survey.encoder.state_dict()
+    return {name: source.get(join(survey.encoder_name, name), tensor) for name, tensor in own.items()}
+
+
+def _prompt_tensors(encoder: Any, weights: Mapping[str, Any]) -> dict[str, Any]:
     """What an encoder gives to a file: its tensors, with what its network makes of the embedding, if it has one."""
-    encoder = survey.encoder
-    if encoder is None:
-        return {}
-    weights = {
-        name: _gathered(name, source.get(join(survey.encoder_name, name), tensor), adapter_name)
-        for name, tensor in encoder.state_dict().items()
-    }
     tensors = {name: weights[key] for name, key in encoder.file_tensors().items()}
     if encoder.is_reparameterized:
         tensors["prompt_embeddings"] = encoder.prompt_embeddings(weights).cpu()
@@ -167,19 +172,6 @@ def _local_config_directory(base: str) -> str | None:
     except HFValidationError:  # a path
         return None
     return os.path.dirname(cached) if isinstance(cached, str) else None
-
-
-def _gathered(name: str, value: Any, adapter_name: str) -> Any:
-    """The whole tensor where `value` is sharded over processes (DTensor)."""
-    if not hasattr(value, "full_tensor"):
-        return value
-    try:
-        return value.full_tensor()
-    except (RuntimeError, ValueError) as error:
-        raise RuntimeError(
-            f"adapter {adapter_name!r}: tensor {name!r} is sharded over several processes and cannot be gathered: "
-            f"call this on all ranks (every rank has to take part), or pass a gathered state_dict. Got: {error}"
-        ) from error
 
 
 def _warn_if_partitioned(tensors: Mapping[str, Any], adapter_name: str) -> None:

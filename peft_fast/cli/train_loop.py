@@ -1,0 +1,234 @@
+"""transformers' Trainer for `peft-fast train`, with what it does not do for this library's models.
+
+It saves and loads adapters, not the base; weights each batch's loss by its tokens, in training and evaluation; and
+stops on Ctrl-C after the step, with a checkpoint.
+"""
+
+import math
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from tqdm import tqdm
+
+from .errors import CommandError
+from .train_options import Options
+from .train_rows import IGNORED, Collator, Rows
+
+WARMUP = 0.03  # of the steps
+POINTS = 500  # of the loss curve, at most
+
+
+class Stop:
+    """Ctrl-C (or SIGTERM) as a wish: the loop ends its step, saves, and stops. A second one stops at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()  # no other can have handlers
+        for number in (signal.SIGINT, signal.SIGTERM) if main else ():
+            self._before[number] = signal.signal(number, self._asked)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, frame: FrameType | None) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        tqdm.write("stopping after this step, with a checkpoint; once more stops at once", file=sys.stderr)
+
+
+def make_trainer(
+    options: Options,
+    model: Any,
+    train: Rows,
+    held_out: Rows | None,
+    collator: Collator,
+    stop: Stop,
+    *,
+    begins: bool,
+    one_row: bool,
+) -> Any:
+    """A Trainer that is ready.
+
+    Args:
+        begins: whether the run does; then the model is evaluated as it is.
+        one_row: a batch is one row, a step is as many of them as otherwise.
+    """
+    from transformers import TrainingArguments
+
+    steps = options.max_steps or math.ceil(options.epochs * steps_of_an_epoch(options, len(train)))
+    arguments = TrainingArguments(
+        output_dir=str(options.out),
+        max_steps=steps,
+        per_device_train_batch_size=1 if one_row else options.batch_size,
+        per_device_eval_batch_size=1 if one_row else options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation * (options.batch_size if one_row else 1),
+        learning_rate=options.lr,
+        lr_scheduler_type="linear",
+        warmup_steps=math.ceil(WARMUP * steps),
+        weight_decay=0.0,
+        logging_steps=math.ceil(steps / POINTS),
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        eval_strategy="steps" if held_out else "no",
+        eval_steps=options.save_steps,
+        eval_on_start=begins and held_out is not None,
+        bf16=options.bf16,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        seed=options.seed,
+        remove_unused_columns=False,
+        label_names=["labels"],
+        report_to="none",
+        disable_tqdm=False,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: PeftModels are no replicas of DataParallel
+    trainer = _trainer_class()(
+        model=model, args=arguments, train_dataset=train, eval_dataset=held_out, data_collator=collator
+    )
+    trainer.stop = stop
+    trainer.classifies = options.task == "seq-cls"
+    trainer.model_accepts_loss_kwargs = True  # the Trainer counts what is learned in a step, compute_loss divides by it
+    _add_callbacks(trainer, stop)
+    return trainer
+
+
+def steps_of_an_epoch(options: Options, rows: int) -> int:
+    """Steps of the optimizer."""
+    return math.ceil(math.ceil(rows / options.batch_size) / options.gradient_accumulation)
+
+
+def load_adapter(model: Any, checkpoint: Path) -> None:
+    """The numbers of the checkpoint's adapter into the model's."""
+    from peft_fast import load_peft_weights, set_peft_model_state_dict
+
+    set_peft_model_state_dict(model, load_peft_weights(str(checkpoint)))
+
+
+def _trainer_class() -> Any:
+    """Made here: transformers is imported by the command, not with it."""
+    from transformers import Trainer
+
+    class AdapterTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped here
+        stop: Stop
+        classifies: bool
+        control: Any
+
+        def _save(self, output_dir: str, state_dict: Any = None) -> None:
+            self.model.save_pretrained(output_dir)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            load_adapter(self.model, Path(resume_from_checkpoint))
+
+        def compute_loss(
+            self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+        ) -> Any:
+            """The sum over what is learned in this batch, divided by how much that is in the whole step."""
+            outputs = model(**inputs)
+            return outputs.loss * (_learned(inputs) / num_items_in_batch)
+
+        @torch.no_grad()
+        def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
+            """Over all rows: mean loss of what is learned, and perplexity or accuracy."""
+            loader = self.get_eval_dataloader()
+            self.callback_handler.eval_dataloader = loader
+            self.model.eval()
+            _keep_as_trained(self.model)
+            total, count, right = 0.0, 0, 0
+            for batch in loader:
+                inputs = self._prepare_inputs(batch)
+                outputs = self.model(**inputs)
+                learned = int(_learned(inputs))
+                total, count = total + float(outputs.loss) * learned, count + learned
+                if self.classifies:
+                    right += int((outputs.logits.argmax(-1) == inputs["labels"]).sum())
+                self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+                if self.stop.signal and self.state.global_step < self.state.max_steps:
+                    return self._leave_evaluation()
+            mean = total / count
+            metrics = {"eval_loss": mean}
+            if self.classifies:
+                metrics["eval_accuracy"] = right / count
+            else:
+                metrics["eval_perplexity"] = math.exp(min(mean, 700.0))  # beyond it there is no such float
+            self.log(metrics)
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+        def _leave_evaluation(self) -> dict[str, float]:
+            if self.state.global_step == 0:
+                raise KeyboardInterrupt  # there is nothing to save
+            self.control.should_save = self.control.should_training_stop = True
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, {})
+            return {}
+
+    return AdapterTrainer
+
+
+def _keep_as_trained(model: Any) -> None:
+    """Leave 4-bit layers on a CPU in training mode.
+
+    In the first forward in eval mode bitsandbytes packs their weights anew, for good, and then they let no gradient
+    through: the layers that an adapter is not on would cut it off, without an error.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
+            module.train()
+
+
+def _learned(inputs: Mapping[str, Any]) -> Any:
+    return (inputs["labels"] != IGNORED).sum()
+
+
+def _add_callbacks(trainer: Any, stop: Stop) -> None:
+    from transformers import ProgressCallback, TrainerCallback
+
+    class Progress(ProgressCallback):  # type: ignore[misc]
+        """Losses beside the bar instead of a line for each."""
+
+        shown: dict[str, str]
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            super().on_train_begin(args, state, control, **more)
+            self.shown = {}
+            self.current_step = state.global_step
+            self.training_bar.update(state.global_step)
+            self.training_bar.unit = "step"
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            names = {"loss": "loss", "eval_loss": "held out", "eval_accuracy": "accuracy"}
+            self.shown |= {label: f"{logs[key]:.4g}" for key, label in names.items() if key in logs}
+            if self.training_bar is not None:
+                self.training_bar.set_postfix(self.shown, refresh=False)
+
+    class Watch(TrainerCallback):  # type: ignore[misc]
+        """Ctrl-C, and losses that are no numbers."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            if stop.signal:
+                control.should_save = control.should_log = control.should_training_stop = True
+                control.should_evaluate = control.should_evaluate and state.global_step >= state.max_steps
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            loss = logs.get("loss", 0.0)
+            if not math.isfinite(loss):
+                raise CommandError(
+                    f"the loss of step {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
+                    "are kept"
+                )
+
+    trainer.pop_callback(ProgressCallback)
+    trainer.add_callback(Progress)
+    trainer.add_callback(Watch)

@@ -1,0 +1,245 @@
+"""The model of `peft-fast train`: what is checked of it before its weights are read, base, quantization, adapter."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .errors import CommandError, UsageError
+from .generate_model import ByteCodec, codec_of
+from .train_options import Options
+from .train_rows import ByteText, Text, TokenizerText
+
+if TYPE_CHECKING:
+    from peft_fast import PeftConfig
+
+TASK_TYPES = {"causal-lm": "CAUSAL_LM", "seq-cls": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM"}
+_AUTO = {
+    "causal-lm": "AutoModelForCausalLM",
+    "seq-cls": "AutoModelForSequenceClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+}
+DEFAULT_LENGTH = 512
+HEADS = ("score", "classifier", "classification_head")  # transformers' names
+
+
+class Plan(NamedTuple):
+    """What is known of the model before its weights are read."""
+
+    auto: Any  # the class of transformers that reads it
+    config: Any
+    text: Text
+    pad: int
+    max_length: int
+    classes: Sequence[str | int]
+
+
+def plan(options: Options, labels: frozenset[str | int]) -> Plan:
+    """Read the model's configuration and tokenizer, and check that the options fit them.
+
+    Raises: UsageError for a directory that is no model of transformers, a model that cannot do the task, target modules
+        that it does not have, a length beyond its positions, text that it has no tokens for, packages that are missing.
+    """
+    _check_packages(options)
+    import transformers
+    from transformers import AutoConfig, GenerationConfig
+
+    where, directory = f"--model {options.model}", options.model
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{where}: expected the directory of a model, with config.json")
+    classes = _classes(options.task, labels)
+    try:
+        config = AutoConfig.from_pretrained(directory, local_files_only=True, **_class_names(classes))
+        saved = (directory / "generation_config.json").is_file()
+        generation = (
+            GenerationConfig.from_pretrained(directory) if saved else GenerationConfig.from_model_config(config)
+        )
+        codec: Any = codec_of(directory, generation, config.get_text_config().vocab_size)
+    except Exception as error:  # transformers raises anything for files that are wrong
+        raise UsageError(f"{where}: no model that transformers can read: {_first_line(error)}") from None
+    if not any(directory.glob("*.safetensors")) and not any(directory.glob("pytorch_model*.bin")):
+        raise UsageError(f"{where}: there are no weights in it (model.safetensors)")
+    auto = getattr(transformers, _AUTO[options.task])
+    if type(config) not in auto._model_mapping or (options.task == "causal-lm" and config.is_encoder_decoder):
+        raise UsageError(f"{where}: {config.model_type} has no model for --task {options.task}")
+    if codec is None:
+        raise UsageError(
+            f"{where}: there is no tokenizer in it, and bytes are tokens only where the vocabulary is 256; put the "
+            "tokenizer's files beside config.json"
+        )
+    end, pad = _end_and_pad(codec, generation, config)
+    if config.get_text_config().pad_token_id is None:
+        config.get_text_config().pad_token_id = pad  # a classifier looks for the last token that is not this one
+    text: Text = ByteText(codec, end) if isinstance(codec, ByteCodec) else TokenizerText(codec.tokenizer, end)
+    found = Plan(auto, config, text, pad, _max_length(options, config), classes)
+    _check_targets(options, found)
+    return found
+
+
+def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool]:
+    """Base and adapter, ready to be trained; what is random is decided by --seed.
+
+    Returns: (the model, whether the base had a head for other classes).
+    Raises: CommandError for weights that cannot be loaded; ValueError where the method does not fit the model.
+    """
+    from peft_fast import get_peft_model, prepare_model_for_kbit_training
+
+    torch.manual_seed(options.seed)
+    dtype = torch.bfloat16 if options.bf16 else torch.float32
+    arguments: dict[str, Any] = {}
+    if options.quantize != "none":
+        place = "cpu" if device.type == "cpu" else device.index or 0  # accelerate compares indices
+        arguments = {"quantization_config": _quantization(options.quantize, dtype), "device_map": {"": place}}
+    directory = options.model.resolve()
+    arguments |= {"config": plan.config, "dtype": dtype, "local_files_only": True}
+    # a classifier of other classes has a head of another shape, which gives way to a new one
+    arguments |= {"ignore_mismatched_sizes": bool(plan.classes), "output_loading_info": True}
+    try:
+        base, info = plan.auto.from_pretrained(directory, **arguments)
+    except Exception as error:
+        raise CommandError(f"--model {options.model}: {error}") from error
+    others = [str(found[0]) for found in info["mismatched_keys"]]
+    if body := [name for name in others if name.split(".")[0] not in HEADS]:
+        raise CommandError(f"--model {options.model}: {body[0]} has not the shape that config.json says")
+    if options.quantize == "none":
+        base.to(device)
+    else:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    if options.gradient_checkpointing:
+        _checkpoint(base)
+    model: Any = get_peft_model(base, peft_config(options))
+    # what the Trainer asks a quantized model for: that something besides it is trained
+    model._hf_peft_config_loaded = True
+    return model, bool(others)
+
+
+def peft_config(options: Options) -> "PeftConfig":
+    """Of the method, with the options' values."""
+    from peft_fast import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+
+    task = TASK_TYPES[options.task]
+    if options.method == "lora":
+        targets = options.target_modules
+        return LoraConfig(
+            r=options.r or 0,
+            lora_alpha=options.lora_alpha or 0,
+            lora_dropout=options.lora_dropout or 0.0,
+            target_modules="all-linear" if targets == ["all-linear"] else targets,
+            task_type=task,
+        )
+    kinds: dict[str, Any] = {
+        "prefix": PrefixTuningConfig,
+        "prompt": PromptTuningConfig,
+        "p-tuning": PromptEncoderConfig,
+    }
+    config: PeftConfig = kinds[options.method](num_virtual_tokens=options.num_virtual_tokens, task_type=task)
+    return config
+
+
+def takes_one_row(options: Options, base: Any) -> bool:
+    """Whether rows of different lengths cannot share a batch.
+
+    A classifier on a decoder looks at the last token that is no padding. Behind learned tokens it gets embeddings, in
+    which padding does not show: it would look at the last place, and padding on the left would move the text away from
+    the learned tokens.
+    """
+    return options.task == "seq-cls" and options.method in ("prompt", "p-tuning") and hasattr(base, "score")
+
+
+def _checkpoint(base: Any) -> None:
+    """Recompute activations in the backward pass; needs no gradient at the input."""
+    settings = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):  # the name since transformers 5.23
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+
+def _quantization(name: str, compute: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    kind, _, double = name.partition("-")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=bool(double),
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def _check_packages(options: Options) -> None:
+    if find_spec("accelerate") is None:
+        raise UsageError('training needs accelerate, which is not installed: pip install "peft_fast[train]"')
+    if options.quantize != "none" and find_spec("bitsandbytes") is None:
+        raise UsageError(f"--quantize {options.quantize} needs bitsandbytes: pip install bitsandbytes")
+
+
+def _classes(task: str, labels: frozenset[str | int]) -> Sequence[str | int]:
+    """The labels in the order of their classes."""
+    if task != "seq-cls":
+        return ()
+    classes = sorted(labels, key=lambda label: (str(type(label)), label))
+    if len(classes) < 2:
+        raise UsageError(f"--data: every line has the label {classes[0]!r}; a classifier needs two different ones")
+    return classes
+
+
+def _class_names(classes: Sequence[str | int]) -> dict[str, Any]:
+    if not classes:
+        return {}
+    names = [str(label) for label in classes]
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def _end_and_pad(codec: Any, generation: Any, config: Any) -> tuple[int | None, int]:
+    """(the token that ends a text, the token that fills a row up); any token can be that, it is masked."""
+    tokenizer = getattr(codec, "tokenizer", None)
+    ends = getattr(tokenizer, "eos_token_id", None) if tokenizer is not None else generation.eos_token_id
+    end = ends[0] if isinstance(ends, list | tuple) else ends
+    own = getattr(tokenizer, "pad_token_id", None)
+    pads = [own, config.get_text_config().pad_token_id, generation.pad_token_id, end, 0]
+    return end, next(pad for pad in pads if pad is not None)
+
+
+def _max_length(options: Options, config: Any) -> int:
+    learned = options.num_virtual_tokens or 0
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = positions - learned if isinstance(positions, int) else None
+    if room is not None and room < 2:
+        raise UsageError(
+            f"--num-virtual-tokens {learned}: the model has {positions} positions, none is left for a text"
+        )
+    if options.max_length is None:
+        return min(DEFAULT_LENGTH, room or DEFAULT_LENGTH)
+    if room is not None and options.max_length > room:
+        taken = f", {learned} of them for the learned tokens" if learned else ""
+        raise UsageError(f"--max-length {options.max_length}: the model has {positions} positions{taken}")
+    return options.max_length
+
+
+def _check_targets(options: Options, plan: Plan) -> None:
+    """Every name of --target-modules is a layer's, or the end of one."""
+    if options.target_modules in (None, ["all-linear"]):
+        return
+    with torch.device("meta"):
+        model = plan.auto.from_config(plan.config)
+    modules = dict(model.named_modules())
+    for target in options.target_modules or []:
+        if not any(name == target or name.endswith(f".{target}") for name in modules):
+            linear = {name.rpartition(".")[2] for name, module in modules.items() if hasattr(module, "weight")}
+            raise UsageError(
+                f"--target-modules {target}: the model has no such module; it has {', '.join(sorted(linear))} "
+                "(all-linear takes all linear ones)"
+            )
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

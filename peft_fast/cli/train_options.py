@@ -1,0 +1,207 @@
+"""The options of `peft-fast train`: what they are, what they default to, and which of them go together.
+
+No torch here: `peft-fast train --help` answers at once.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .errors import UsageError
+
+METHODS = ("lora", "prefix", "prompt", "p-tuning")
+QUANTIZE = ("nf4", "nf4-dq", "fp4", "int8", "none")
+TASKS = ("causal-lm", "seq-cls", "seq2seq")
+LEARNING_RATES = {"lora": 2e-4, "prefix": 1e-2, "prompt": 3e-2, "p-tuning": 1e-3}  # where PEFT's own examples begin
+_LORA = {"target_modules": ["all-linear"], "r": 16, "lora_alpha": 32, "lora_dropout": 0.05}
+_PROMPT = {"num_virtual_tokens": 20}
+_NOT_OF_THE_RESULT = ("data", "eval_data", "model", "out", "device", "resume")  # files count by what is in them
+
+
+class Options(NamedTuple):
+    """What the command line says; the options' help has the meaning."""
+
+    model: Path
+    data: Path
+    eval_data: Path | None
+    eval_split: float
+    out: Path
+    task: str
+    method: str
+    quantize: str
+    target_modules: list[str] | None
+    r: int | None
+    lora_alpha: int | None
+    lora_dropout: float | None
+    num_virtual_tokens: int | None
+    epochs: float
+    max_steps: int | None
+    batch_size: int
+    gradient_accumulation: int
+    lr: float
+    max_length: int | None
+    bf16: bool
+    gradient_checkpointing: bool
+    save_steps: int
+    seed: int
+    device: str
+    resume: bool
+
+    def of_the_result(self) -> dict[str, Any]:
+        """Option -> value, of those that decide what comes out, as plain JSON."""
+        return {_flag(name): value for name, value in self._asdict().items() if name not in _NOT_OF_THE_RESULT}
+
+
+def from_arguments(args: argparse.Namespace) -> Options:
+    """The options, with the defaults of the method filled in.
+
+    Raises: UsageError for an option of another method.
+    """
+    values = {name: getattr(args, name) for name in Options._fields}
+    own, other, others = (_LORA, _PROMPT, METHODS[1:]) if args.method == "lora" else (_PROMPT, _LORA, METHODS[:1])
+    for name in other:
+        if values[name] is not None:
+            raise UsageError(f"{_flag(name)} is for --method {' or '.join(others)}, not for {args.method}")
+    for name, default in own.items():
+        if values[name] is None:
+            values[name] = default
+    if args.lr is None:
+        values["lr"] = LEARNING_RATES[args.method]
+    return Options(**values)
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """Give the parser of `peft-fast train` its options."""
+    _add_files(parser.add_argument_group("model, data, result"), parser)
+    _add_method(parser.add_argument_group("method"))
+    _add_training(parser.add_argument_group("training"))
+
+
+def _add_files(group: Any, parser: argparse.ArgumentParser) -> None:
+    add = group.add_argument
+    add("--model", type=Path, required=True, metavar="DIR", help="the base model, saved by transformers")
+    add("--data", type=Path, required=True, metavar="FILE.jsonl", help="one JSON object per line, see below")
+    held_out = group.add_mutually_exclusive_group()
+    held_out.add_argument(
+        "--eval-split",
+        type=_number(0, 1, "a fraction from 0 (no evaluation) to below 1", low_allowed=True),
+        default=0.05,
+        metavar="FRACTION",
+        help="of the lines, chosen by --seed, held out for evaluation; at least one line (default: 0.05)",
+    )
+    held_out.add_argument("--eval-data", type=Path, metavar="FILE.jsonl", help="evaluate on these lines instead")
+    add("--out", type=Path, required=True, metavar="DIR", help="adapter, checkpoints, results.json, loss.png")
+    add(
+        "--resume",
+        action="store_true",
+        help="insist on going on: an error if --out has no run (one that is there is gone on with in any case)",
+    )
+    add("--task", choices=TASKS, default="causal-lm", help="what the model learns (default: causal-lm)")
+
+
+def _add_method(group: Any) -> None:
+    add = group.add_argument
+    add("--method", choices=METHODS, default="lora", help="default: lora")
+    add(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="the frozen base in 4 or 8 bits, by bitsandbytes; nf4-dq: its scales quantized too (default: none)",
+    )
+    add(
+        "--target-modules",
+        nargs="+",
+        metavar="NAME",
+        help="lora: names of the layers, or all-linear (default: all-linear)",
+    )
+    add("--r", type=whole(1), metavar="N", help="lora: the rank (default: 16)")
+    add("--lora-alpha", type=whole(1), metavar="N", help="lora: the update is scaled by it / rank (default: 32)")
+    add(
+        "--lora-dropout",
+        type=_number(0, 1, "a number from 0 to below 1", low_allowed=True),
+        metavar="P",
+        help="lora: default 0.05",
+    )
+    add("--num-virtual-tokens", type=whole(1), metavar="N", help="the others: learned tokens (default: 20)")
+
+
+def _add_training(group: Any) -> None:
+    add = group.add_argument
+    length = group.add_mutually_exclusive_group()
+    length.add_argument(
+        "--epochs", type=_number(0, math.inf, "a number above 0"), default=3.0, metavar="X", help="default: 3"
+    )
+    length.add_argument("--max-steps", type=whole(1), metavar="N", help="steps of the optimizer, in place of --epochs")
+    add("--batch-size", type=whole(1), default=8, metavar="N", help="rows of a batch (default: 8)")
+    add("--gradient-accumulation", type=whole(1), default=1, metavar="N", help="batches of a step (default: 1)")
+    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
+    add(
+        "--lr",
+        type=_number(0, math.inf, "a number above 0"),
+        metavar="X",
+        help=f"learning rate, warmed up over 3%% of the steps, then brought down to 0 (default: {rates})",
+    )
+    add(
+        "--max-length",
+        type=whole(2),
+        metavar="N",
+        help="tokens of a row, longer ones are cut (default: 512, or what the model has positions for)",
+    )
+    add("--bf16", action="store_true", help="the base in bfloat16, autocast; without it everything is in float32")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--save-steps", type=whole(1), default=100, metavar="N", help="steps between checkpoints (default: 100)")
+    add("--seed", type=whole(0), default=0, metavar="N", help="default: 0")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (default: auto)")
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """For argparse: a whole number, `low` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {low} or more, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _number(low: float, high: float, expected: str, *, low_allowed: bool = False) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (low < value < high or (low_allowed and value == low)):
+            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+DESCRIPTION = """Fine-tune a frozen model, quantized or not, with LoRA or learned tokens, on a file of examples.
+On a GPU or a CPU; the adapter in --out is in PEFT's format."""
+
+EPILOG = """a line of the data, all lines of one kind (other keys are ignored):
+  --task causal-lm   {"text": "all of it is learned"}
+                     or {"prompt": "Translate: cat", "completion": " Katze"}: the loss is on the completion only
+  --task seq-cls     {"text": "I like it", "label": "good"}; labels are texts or whole numbers
+  --task seq2seq     {"prompt": "...", "completion": "..."}, for models with encoder and decoder
+  Prompt and completion are joined as they are, no space or chat template between them; the end token follows.
+  A model without tokenizer whose vocabulary is 256 takes bytes as tokens. Token classification needs a label for each
+  token, which these lines cannot say: it is not among the tasks.
+
+Ctrl-C ends the step, saves a checkpoint and stops (exit code 130); a second one stops at once. Stopped or killed, the
+same command goes on from the last checkpoint, with the losses that it would have had (same machine and versions).
+With other settings it refuses to touch --out. The model is evaluated before the first step, with every checkpoint and
+at the end. Exit codes: 0 done, 1 failed, 2 an option or a line of the data cannot be used, 130 stopped with Ctrl-C.
+
+examples:
+  peft-fast train --model DIR --data train.jsonl --out my_adapter --quantize nf4 --bf16     # QLoRA
+  peft-fast train --model DIR --data train.jsonl --out my_prefix --method prefix --epochs 5
+  peft-fast train --model DIR --data reviews.jsonl --out my_classifier --task seq-cls --eval-data test.jsonl"""
