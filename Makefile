@@ -20,7 +20,7 @@ aot:
 	python -m bench aot
 
 bench:
-	for suite in lora mixed prefix; do python -m bench run --suite $$suite || exit 1; done; python -m bench report
+	for suite in lora mixed prefix quant; do python -m bench run --suite $$suite || exit 1; done; python -m bench report
 
 demo:
 	peft-fast demo

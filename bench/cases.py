@@ -1,4 +1,7 @@
-"""What is measured, as data: LoRA at single sites and in models, mixed batches, prefixes. Nothing here runs."""
+"""What is measured, as data: LoRA at single sites and in models, mixed batches, prefixes, quantized bases.
+
+Nothing here runs.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -270,8 +273,103 @@ class PrefixDecodeCase:
 
 PrefixCase = PrefixSiteCase | PrefixPromptCase | PrefixModelCase | PrefixDecodeCase
 
+
+def quantized_bytes(kind: str, N: int, K: int) -> float:
+    """Of a weight (N, K). NF4: half a byte, a byte per block of 64, 4 bytes per 256 blocks. int8: 4 bytes per row."""
+    return N * K * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if kind == "nf4" else N * K + 4 * N
+
+
+@dataclass(frozen=True)
+class QuantWeightCase:
+    """Dequantizing a weight (N, K) of NF4 with double quantization to ``dtype``."""
+
+    N: int
+    K: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"dequantize-{self.N}x{self.K}-{self.dtype}"
+
+    def bytes(self) -> float:
+        """The codes and factors, and what is made of them."""
+        return quantized_bytes("nf4", self.N, self.K) + self.N * self.K * BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class QuantSiteCase:
+    """One quantized linear site (N, K) with a LoRA of rank 16, at M tokens.
+
+    mode: "fwd" (evaluation, no gradient), "graph" (the same in a CUDA graph), "train" (forward and backward, to x, a
+    and b; of bf16 under autocast).
+    kind: "nf4" (with double quantization) or "int8".    dtype: of x; a and b are fp32.    dropout: in training.
+    """
+
+    site: str
+    K: int
+    N: int
+    M: int
+    mode: str = "fwd"
+    kind: str = "nf4"
+    dtype: str = "bf16"
+    dropout: float = 0.0
+    R: int = 16
+
+    def __str__(self) -> str:
+        more = f"-p{self.dropout}" if self.dropout else ""
+        return f"{self.site}-M{self.M}-{self.kind}-{self.mode}-{self.dtype}{more}"
+
+    def flops(self, lora: bool) -> float:
+        """As ``OpCase.flops``: what dequantizing takes is not work of the product."""
+        passes, low_rank_passes = (2, 3) if self.mode == "train" else (1, 1)
+        low_rank = 2 * self.M * self.R * (self.K + self.N) * low_rank_passes * lora
+        return 2 * self.M * self.N * self.K * passes + low_rank
+
+    def bytes(self, lora: bool) -> float:
+        """The least that has to move: every tensor once per pass that needs it, the weight as it is stored."""
+        M, N, K, e = self.M, self.N, self.K, BYTES[self.dtype]
+        w, adapters = quantized_bytes(self.kind, N, K), self.R * (K + N) * BYTES["fp32"] * lora
+        forward = (M * K + M * N) * e + w + adapters
+        if self.mode != "train":
+            return forward
+        return forward + (M * N + M * K + M * K * lora) * e + w + 2 * adapters
+
+
+@dataclass(frozen=True)
+class QuantModelCase:
+    """A quantized Llama with all-linear LoRA of rank 16.
+
+    mode: "train" (forward, loss, backward) or "fwd" without gradients.    kind: as in ``QuantSiteCase``.
+    prepared: by ``prepare_model_for_kbit_training``; of bf16 it runs under autocast then, as trainers run it, for
+    evaluation too. Without it the model is as it was loaded, as for serving.
+    must: peft's time over peft_fast's must not be less.
+    size: "small", or "8b": four layers of Llama-3-8B's sizes.
+    """
+
+    mode: str
+    rows: int
+    tokens: int
+    kind: str = "nf4"
+    dtype: str = "bf16"
+    prepared: bool = True
+    dropout: float = 0.0
+    must: float | None = None
+    size: str = "small"
+
+    def __str__(self) -> str:
+        more = ("-autocast" if self.autocast else "") + (f"-p{self.dropout}" if self.dropout else "")
+        return f"{self.mode}-{self.rows}x{self.tokens}-{self.kind}-{self.dtype}{more}"
+
+    @property
+    def autocast(self) -> bool:
+        return self.prepared and self.dtype == "bf16"
+
+
+QuantCase = QuantWeightCase | QuantSiteCase | QuantModelCase
+
 # Llama-3-8B; qkv and gate_up as one matrix each
 LLAMA_8B = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
+# the same as quantized models have them: q, k and v, gate and up are layers of their own
+LLAMA_8B_LAYERS = (("q", 4096, 4096), ("k", 4096, 1024), ("up", 4096, 14336), ("down", 14336, 4096))
 # a quarter of its sizes: what one CPU core can take
 LLAMA_QUARTER = (("qkv", 1024, 1536), ("o", 1024, 1024), ("gate_up", 1024, 7168), ("down", 3584, 1024))
 
@@ -359,6 +457,39 @@ def cpu_prefix(quick: bool) -> Iterator[PrefixCase]:
     yield PrefixModelCase("generate", 16, 32, 128, prefixes=4)
 
 
+def cpu_quant(quick: bool) -> Iterator[QuantCase]:
+    """Dequantizing, single layers and models, in sizes that fit one core."""
+    if quick:
+        for dtype in BYTES:
+            yield QuantWeightCase(128, 256, dtype)
+        for kind in ("nf4", "int8"):
+            yield QuantSiteCase("o", 256, 128, 4, kind=kind)
+            yield QuantSiteCase("o", 256, 128, 32, "train", kind, dropout=0.05)
+        yield QuantModelCase("train", 2, 16, dropout=0.05, must=1.0)
+        yield QuantModelCase("train", 2, 16, "int8", "fp32", must=1.0)
+        yield QuantModelCase("fwd", 1, 1, prepared=False)
+        return
+    for size in (1024, 4096):
+        for dtype in BYTES:
+            yield QuantWeightCase(size, size, dtype)
+    for M in (1, 16, 64, 512, 2048):
+        yield QuantSiteCase("o", 1024, 1024, M)
+    for M in (512, 2048):
+        yield QuantSiteCase("o", 1024, 1024, M, "train", dropout=0.05)
+    yield QuantSiteCase("o", 1024, 1024, 1, dtype="fp32")
+    yield QuantSiteCase("o", 1024, 1024, 512, "train", dtype="fp32")
+    yield QuantSiteCase("o", 1024, 1024, 1, kind="int8")
+    yield QuantSiteCase("o", 1024, 1024, 512, kind="int8")
+    yield QuantSiteCase("o", 1024, 1024, 512, "train", "int8", dropout=0.05)
+    yield QuantModelCase("train", 8, 128, dropout=0.05, must=1.0)
+    yield QuantModelCase("train", 8, 128, dtype="fp32", must=1.0)
+    yield QuantModelCase("train", 8, 128, "int8", dropout=0.05, must=1.0)
+    yield QuantModelCase("fwd", 1, 1, prepared=False)
+    yield QuantModelCase("fwd", 8, 128, prepared=False)
+    yield QuantModelCase("fwd", 8, 128)
+    yield QuantModelCase("fwd", 1, 1, "int8", prepared=False)
+
+
 def gpu_ops(step: str) -> Iterator[OpCase]:
     """Steps of the GPU campaign: "forward" (sites, sizes, ranks), "decode" (eager, graphs), "backward" (beside peft).
 
@@ -417,7 +548,32 @@ def gpu_prefix(step: str) -> Iterator[PrefixCase]:
         yield PrefixDecodeCase(64, 128, prefixes=8)
 
 
+def gpu_quant(step: str) -> Iterator[QuantCase]:
+    """Steps of the GPU campaign with quantized bases: dequantizing, single layers, models of four layers."""
+    if step == "quant-dequant":
+        for _, K, N in LLAMA_8B_LAYERS:
+            for dtype in BYTES:
+                yield QuantWeightCase(N, K, dtype)
+    elif step == "quant-linear":
+        for site, K, N in LLAMA_8B_LAYERS:
+            for M in (1, 4, 16, 64):
+                for mode in ("fwd", "graph"):
+                    yield QuantSiteCase(site, K, N, M, mode)
+            for M in (2048, 8192, 16384):
+                yield QuantSiteCase(site, K, N, M)
+                yield QuantSiteCase(site, K, N, M, "train", dropout=0.05)
+        for M in (1, 2048):
+            yield QuantSiteCase("q", 4096, 4096, M, kind="int8")
+        yield QuantSiteCase("q", 4096, 4096, 2048, "train", "int8", dropout=0.05)
+    elif step == "quant-step":
+        for kind in ("nf4", "int8"):
+            yield QuantModelCase("train", 8, 512, kind, dropout=0.05, must=1.0, size="8b")
+            yield QuantModelCase("fwd", 1, 1, kind, prepared=False, size="8b")
+        yield QuantModelCase("fwd", 8, 512, prepared=False, size="8b")
+
+
 LORA_STEPS = ("ceilings", *(f"forward-{site}" for site, _, _ in LLAMA_8B), "decode", "backward")
 MIXED_STEPS = ("mixed", "mixed-model")
 PREFIX_STEPS = ("prefix-fwd", "prefix-train", "prefix-decode", "prefix-model")
-GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS, *PREFIX_STEPS)
+QUANT_STEPS = ("quant-dequant", "quant-linear", "quant-step")
+GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS, *PREFIX_STEPS, *QUANT_STEPS)

@@ -40,6 +40,7 @@ class Session:
         self.model_seconds = 5.0 if self.quick else 30.0
         self.mixed_seconds = 0.5 if self.quick else 4.0
         self.prefix_seconds = 0.5 if self.quick or self.dry else 12.0
+        self.quant_seconds = 0.5 if self.quick or self.dry else 10.0
         self.wrong: list[dict[str, Any]] = []
         self.started = time.time()
         self.load = os.getloadavg()[0]
@@ -66,7 +67,7 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """Where and with what this was measured."""
         versions = {}
-        for name in ("torch", "triton", "transformers", "peft"):
+        for name in ("torch", "triton", "transformers", "peft", *["bitsandbytes"] * (self.suite == "quant")):
             try:
                 versions[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
@@ -123,7 +124,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "model_case" in metafunc.fixturenames:
         found_models = [] if session.step else list(cases.cpu_models(session.quick))
         metafunc.parametrize("model_case", found_models, ids=str, scope="module")
-    for name, found in (_mixed(session) | _prefix(session)).items():
+    for name, found in (_mixed(session) | _prefix(session) | _quant(session)).items():
         if name in metafunc.fixturenames:
             metafunc.parametrize(name, found, ids=str, scope="module")
 
@@ -162,6 +163,28 @@ def _prefix(session: Session) -> dict[str, list[Any]]:
         "prefix_decode_case": cases.PrefixDecodeCase,
     }
     return {name: [c for c in found if isinstance(c, kind)] for name, kind in kinds.items()}
+
+
+def _quant(session: Session) -> dict[str, list[Any]]:
+    """By fixture: the cases of bench_quant."""
+    found = list(cases.gpu_quant(session.step) if session.step else cases.cpu_quant(session.quick))
+    if session.dry:
+        found = list(dict.fromkeys(map(_tiny_quant, found)))
+    kinds = {
+        "quant_weight_case": cases.QuantWeightCase,
+        "quant_site_case": cases.QuantSiteCase,
+        "quant_model_case": cases.QuantModelCase,
+    }
+    return {name: [c for c in found if isinstance(c, kind)] for name, kind in kinds.items()}
+
+
+def _tiny_quant(case: cases.QuantCase) -> cases.QuantCase:
+    if isinstance(case, cases.QuantModelCase):
+        return replace(case, rows=min(case.rows, 2), tokens=min(case.tokens, 16))
+    sizes: dict[str, Any] = dict(K=max(64, case.K // 32), N=max(32, case.N // 32))  # whole blocks
+    if isinstance(case, cases.QuantSiteCase):
+        sizes |= dict(M=min(case.M, 64), mode=case.mode.replace("graph", "fwd"))
+    return replace(case, **sizes)
 
 
 def _tiny(case: cases.OpCase) -> cases.OpCase:

@@ -5,7 +5,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 all="ceilings forward-qkv forward-o forward-gate_up forward-down decode backward mixed mixed-model \
-prefix-check prefix-fwd prefix-train prefix-decode prefix-model"
+prefix-check prefix-fwd prefix-train prefix-decode prefix-model \
+quant-dequant quant-linear quant-step"
 step=${1:?"step: $all, or all"}
 out=${2:-${OUT:-bench/results}}
 python=${PYTHON:-python}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from . import report_mixed, report_prefix
+from . import report_mixed, report_prefix, report_quant
 from .report_lora import LABELS
 from .report_pages import Results, pages
 from .report_rows import rows_of, time_in_words, where
@@ -14,6 +14,7 @@ from .run import RESULTS, SUITES
 GROUPS = (
     *("op", "model", "mixed", "flat", "manage", "mixed site", "decode"),
     *("prefix attention", "prefix prompt", "prefix model", "prefix decode"),
+    *("quant weight", "quant site", "quant model"),
 )
 PEFT_LIMIT = 1.05
 TITLES = {  # of the pictures with bars
@@ -21,6 +22,8 @@ TITLES = {  # of the pictures with bars
     "op": "One linear layer with LoRA",
     "prefix attention": "Attention of one layer with a prefix",
     "prefix model": "Llama with a prefix",
+    "quant model": "Quantized Llama, all-linear LoRA r = 16",
+    "quant site": "One quantized linear layer with LoRA r = 16",
 }
 
 
@@ -75,6 +78,7 @@ def side_by_side(result: dict[str, Any]) -> str:
     slow = over_limit(result)
     lines += ["", *report_mixed.targets(rows_of(result, "mixed"), rows_of(result, "flat"))]
     lines += report_prefix.targets(rows_of(result, "prefix attention"), rows_of(result, "prefix model"))
+    lines += report_quant.targets(rows_of(result, "quant model"), rows_of(result, "quant weight"))
     lines += [f"peft_fast over peft: worst median ratio {slow[0]:.3f} ({slow[1]}), limit {PEFT_LIMIT}"]
     return "\n".join(lines)
 
@@ -105,6 +109,10 @@ def _cells(info: dict[str, Any]) -> str:
     return f"{times} {share:>8} {info['error']:>8.0e} {memory:>11}{rate}"
 
 
+def _label(case: str) -> str:
+    return LABELS.get(case) or (report_quant if case in report_quant.CASES else report_prefix).label(case)
+
+
 def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     """Bars of time over the base: one picture for models, one for single layers; two of mixed batches."""
     import matplotlib
@@ -132,7 +140,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
                 shown.add(name)
                 axes.text(info["median"] + 0.02, y, f"{info['median']:.2f}", va="center", fontsize=8)
         axes.axvline(1, color="black", linewidth=1)
-        axes.set_yticks(range(len(rows)), [LABELS.get(case) or report_prefix.label(case) for case in rows], fontsize=8)
+        axes.set_yticks(range(len(rows)), [_label(case) for case in rows], fontsize=8)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 1.12 * max(i["ratio_to_base"]["median"] for p in rows.values() for n, i in p.items()
                                     if n in names and "ratio_to_base" in i))  # fmt: skip

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from . import report_lora, report_mixed, report_prefix
+from . import report_lora, report_mixed, report_prefix, report_quant
 from .report_rows import machine, table
 from .run import HERE
 
@@ -13,6 +13,7 @@ SUITES: dict[str, tuple[str, Any]] = {  # suite -> its block in docs/benchmarks.
     "lora": ("cpu", report_lora),
     "mixed": ("mixed", report_mixed),
     "prefix": ("prefix", report_prefix),
+    "quant": ("quant", report_quant),
 }
 HEADLINES = {  # suite -> (title, lines that README.md shows, the one with the worst ratio among them)
     "lora": (
@@ -37,6 +38,13 @@ HEADLINES = {  # suite -> (title, lines that README.md shows, the one with the w
             *("fwd-8x128-P1024-fp32", "decode-8x256-P128-fp32-4prefixes"),
         ),
     ),
+    "quant": (
+        "quantized base",
+        (
+            *("train-8x128-nf4-bf16-autocast-p0.05", "train-8x128-nf4-fp32", "train-8x128-int8-bf16-autocast-p0.05"),
+            *("memory train-8x128-nf4-bf16-autocast-p0.05", "fwd-1x1-nf4-bf16", report_quant.WORST),
+        ),
+    ),
 }
 ON_GPU = {
     "LoRA": ("one layer of Llama-3-8B's sizes, forward, decode step and backward",),
@@ -46,6 +54,11 @@ ON_GPU = {
         "attention forward and backward",
         "attention of a decode step, FlexAttention among the others",
         "training step and decode step of Llama-3-8B's sizes",
+    ),
+    "quantized base": (
+        "dequantizing NF4 at Llama-3-8B's sizes",
+        "one layer, 1 to 64 tokens and 2048 to 16384",
+        "QLoRA step of four layers of Llama-3-8B's sizes",
     ),
 }
 NOT_YET = "not measured yet"
@@ -72,13 +85,14 @@ def headlines(results: Results) -> list[str]:
     for suite, (title, cases) in HEADLINES.items():
         result = results[suite]
         found = {} if result is None else SUITES[suite][1].entries(result)
-        for case in cases if found else ():
-            label, *cells = found[case]
-            rows.append((f"{title}: {label}", *cells))
+        of_suite = dict.fromkeys(found[case] for case in cases if found)  # the worst may be one that is shown anyway
+        rows += [(f"{title}: {label}", *cells) for label, *cells in of_suite]
         if not found:
             rows.append((title, NOT_YET, *"---"))
     rows += [(f"GPU: {title}", NOT_YET, *"---") for title in ON_GPU]
-    measured = "; ".join(dict.fromkeys(machine(result) for result in results.values() if result is not None))
+    machines = dict.fromkeys(machine(result) for result in results.values() if result is not None)
+    # one that says the same and more, as of bitsandbytes, says it for both
+    measured = "; ".join(m for m in machines if not any(o != m and o.startswith(m) for o in machines))
     return [*table(" | base | peft | peft_fast | ratio ", rows), "", f"CPU: {measured or NOT_YET}."]
 
 

@@ -6,14 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .cases import GPU_STEPS, MIXED_STEPS, PREFIX_STEPS
+from .cases import GPU_STEPS, MIXED_STEPS, PREFIX_STEPS, QUANT_STEPS
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 # suite -> stem of its result file; bench_SUITE.py has its tests
-SUITES = {"lora": "cpu", "mixed": "cpu-mixed", "prefix": "cpu-prefix"}
-_STEPS = {"mixed": MIXED_STEPS, "prefix": PREFIX_STEPS}
-_CHOICES = ("PEFT_FAST_LORA", "PEFT_FAST_PREFIX")
+SUITES = {"lora": "cpu", "mixed": "cpu-mixed", "prefix": "cpu-prefix", "quant": "cpu-quant"}
+_STEPS = {"mixed": MIXED_STEPS, "prefix": PREFIX_STEPS, "quant": QUANT_STEPS}
+_CHOICES = ("PEFT_FAST_LORA", "PEFT_FAST_PREFIX", "PEFT_FAST_QUANT")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", choices=SUITES, default="lora",
         help="single adapters (default); mixed: batches that mix adapters, and the management of adapters; "
-        "prefix: attention with learned prefixes",
+        "prefix: attention with learned prefixes; quant: bases quantized by bitsandbytes",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: bench/results/cpu.json, cpu-SUITE.json, or gpu-STEP.json"

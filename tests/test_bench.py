@@ -97,7 +97,7 @@ def test_a_step_of_the_gpu_campaign_runs_dry(tmp_path: Path) -> None:
 
 def test_every_step_has_its_cases() -> None:
     for step in cases.GPU_STEPS[1:]:
-        found = [*cases.gpu_ops(step), *cases.gpu_mixed(step), *cases.gpu_prefix(step)]
+        found = [*cases.gpu_ops(step), *cases.gpu_mixed(step), *cases.gpu_prefix(step), *cases.gpu_quant(step)]
         assert found and len(set(map(str, found))) == len(found)
     assert {case.M for case in cases.gpu_ops("forward-qkv")} >= {1, 16384}
 

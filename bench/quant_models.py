@@ -1,0 +1,194 @@
+"""Whole models on bases that bitsandbytes quantized: a Llama alone, with all-linear LoRA of peft, and of peft_fast.
+
+Each is loaded by itself: in evaluation on a CPU bitsandbytes packs weights in place, and what peft trains afterwards is
+wrong. So is, for the same reason, a model for each mode.
+"""
+
+import importlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peft_fast import quant
+
+from .cases import QuantModelCase
+from .mixed_cases import lora_sites
+from .model_cases import RANK, base_model, llama_8b, trained
+from .providers import DTYPES, SCALING
+
+NAMES = ("base", "peft", "peft_fast")
+KINDS: dict[str, dict[str, Any]] = {
+    "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
+    "int8": dict(load_in_8bit=True),
+}
+
+
+class QuantModels:
+    """The models of a case. tiny: small ones, to see whether everything works."""
+
+    def __init__(self, case: QuantModelCase, device: torch.device, tiny: bool = False) -> None:
+        self.case, self.device = case, device
+        if case.size == "8b":
+            dense = llama_8b(device, layers=4, tiny=tiny)
+        else:
+            dense = base_model(256, 2) if tiny else base_model(512, 4)  # rows of whole blocks
+        with tempfile.TemporaryDirectory() as folder:
+            dense.save_pretrained(folder)
+            self.models: dict[str, Any] = {name: self._loaded(folder, name) for name in NAMES}
+        for model in self.models.values():
+            model.train(case.mode == "train")
+        _same_adapters(self.models)
+        self.truth: Any = _in_double(dense, self.models["base"])
+        self._known: dict[str, list[Tensor]] = {}
+
+    def _loaded(self, folder: str, name: str) -> Any:
+        from transformers import BitsAndBytesConfig, LlamaForCausalLM
+
+        case, dtype = self.case, DTYPES[self.case.dtype]
+        compute = {"bnb_4bit_compute_dtype": dtype} if case.kind == "nf4" else {}
+        where: dict[str, Any] = {"device_map": {"": self.device.index or 0}} if self.device.type == "cuda" else {}
+        config = BitsAndBytesConfig(**KINDS[case.kind], **compute)
+        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **where)
+        model.config.use_cache = False
+        library: Any = importlib.import_module("peft" if name == "base" else name)
+        if case.prepared:
+            model = library.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model.requires_grad_(False)
+        if name == "base":
+            return model
+        lora = library.LoraConfig(
+            r=RANK, lora_alpha=RANK * SCALING, lora_dropout=case.dropout, target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return library.get_peft_model(model, lora)
+
+    def inputs(self, name: str, rows: int) -> dict[str, Tensor]:
+        """Embedded random tokens, so that every model has a gradient to bring back to its input, and labels."""
+        model = self.models[name]
+        generator = torch.Generator().manual_seed(2)
+        ids = torch.randint(0, model.config.vocab_size, (rows, self.case.tokens), generator=generator).to(self.device)
+        embedded = model.get_input_embeddings()(ids).detach()
+        if self.case.mode != "train":
+            return {"inputs_embeds": embedded}
+        return {"inputs_embeds": embedded.requires_grad_(), "labels": ids}
+
+    def called(self, name: str, given: dict[str, Tensor]) -> Any:
+        """The model's output, as the case has it run."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.autocast):
+            return self.models[name](**given)
+
+    def loss(self, name: str) -> Tensor:
+        loss: Tensor = self.called(name, self.inputs(name, self.case.rows)).loss
+        return loss
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        """The function to time."""
+        given = self.inputs(name, self.case.rows)
+        if self.case.mode == "train":
+            wanted = trained(self.models[name], given)
+            return lambda i: torch.autograd.grad(self.called(name, given).loss, wanted)
+
+        @torch.no_grad()
+        def forward(i: int) -> Tensor:
+            logits: Tensor = self.called(name, given).logits
+            return logits
+
+        return forward
+
+    @property
+    def checked_rows(self) -> int:
+        """All, so that what is compared is the call that is timed; of the large model what fits in fp64."""
+        return min(self.case.rows, 2) if self.case.size == "8b" else self.case.rows
+
+    def outputs(self, name: str) -> list[Tensor]:
+        """Logits, and in training the gradients of the input and of a and b of every site, without dropout."""
+        given = self.inputs(name, self.checked_rows)
+        if self.case.mode != "train":
+            with torch.no_grad():
+                return [self.called(name, given).logits]
+        with _without_dropout(self.models[name]):
+            output = self.called(name, given)
+            wanted = [given["inputs_embeds"], *_adapters(self.models[name])]
+            return [output.logits.detach(), *torch.autograd.grad(output.loss, wanted)]
+
+    def exact(self, lora: bool) -> list[Tensor]:
+        """The same in fp64 by the formula, on the numbers that the quantized weights stand for; of no library."""
+        train = self.case.mode == "train"
+        given = {k: v.detach() for k, v in self.inputs("base", self.checked_rows).items()}
+        x = given["inputs_embeds"] = given["inputs_embeds"].double().requires_grad_(train)
+        leaves, hooks = [], []
+        for site, layer in lora_sites(self.models["peft"]) if lora else ():
+            a, b = (w.detach().double().requires_grad_(train) for w in _adapters(layer))
+            leaves += [a, b]
+
+            def add(module: nn.Module, args: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+                return y + SCALING * (args[0] @ a.T) @ b.T
+
+            hooks.append(self.truth.get_submodule(site).register_forward_hook(add))
+        try:
+            with torch.set_grad_enabled(train):
+                output = self.truth(**given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [output.logits.detach(), *(torch.autograd.grad(output.loss, [x, *leaves]) if train else ())]
+
+    def checked(self, name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """(what the model gives, what peft gives in its dtype, fp64). Of the base it is its own error that counts."""
+        like = "base" if name == "base" else "peft"
+        for key, make in ((like, lambda: self.outputs(like)), (f"exact {like}", lambda: self.exact(like == "peft"))):
+            if key not in self._known:
+                self._known[key] = make()
+        out = self._known[name] if name == like else self.outputs(name)
+        return out, self._known[like], self._known[f"exact {like}"]
+
+    def forget(self) -> None:
+        """Everything in fp64, which is not needed once all were checked."""
+        self.truth = None
+        self._known.clear()
+
+
+def _adapters(module: Any) -> list[Tensor]:
+    """a and b of every site, in the order of the model."""
+    return [getattr(s, part)["default"].weight for _, s in lora_sites(module) for part in ("lora_A", "lora_B")]
+
+
+def _same_adapters(models: dict[str, Any]) -> None:
+    """Random numbers, the same in both libraries."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for theirs, ours in zip(_adapters(models["peft"]), _adapters(models["peft_fast"]), strict=True):
+            theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.05)
+            ours.copy_(theirs)
+
+
+def _in_double(dense: Any, base: Any) -> Any:
+    """The dense model in fp64 with the numbers of the quantized one. Reads it before it ran, and was packed."""
+    dense = dense.double().requires_grad_(False).eval()
+    dense.config.use_cache = False
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            twin = dense.get_submodule(name)
+            if quant.kind_of(module) is not None:
+                twin.weight.copy_(quant.read(module))
+                continue
+            for key, weight in module.named_parameters(recurse=False):
+                twin.get_parameter(key).copy_(weight)
+    return dense
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    """Training but for dropout: bitsandbytes' layers take another path in evaluation."""
+    off = [module for module in model.modules() if isinstance(module, nn.Dropout) and module.training]
+    for module in off:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in off:
+            module.train()
