@@ -5,6 +5,7 @@ bitsandbytes' own product would be wrong. For inference bitsandbytes' layer runs
 base. Merging dequantizes, adds and quantizes again, which rounds: a warning, as in PEFT.
 """
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...ops.choice import QUANT_VARIABLE
 from ...ops.functional import MixedPlan, MixedSite, _autocast_dtype, new_seed
 from ...ops.quantized_functional import (
     has_kernel,
@@ -123,6 +125,8 @@ class Linear8bitLt(_QuantizedLinear):
     what = "8-bit"
 
     def _fused(self, base_layer: Any, x: Tensor, adapter: _Adapter) -> Tensor | None:
+        if x.is_cpu and not base_layer.training and QUANT_VARIABLE not in os.environ:
+            return None  # before anything is looked up: this runs once per token and layer
         a, b, lora_bias, scaling, p = adapter
         if a.device != x.device or base_layer.state.has_fp16_weights or not self._is_plain_base(x):
             return None
