@@ -253,7 +253,7 @@ def test_examples_of_the_readme(
     """All of its Python, one block after the other, where the demo has run; what they do not define is made up here."""
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(copy.parent)
     copy.rename("peft_fast_demo")
     shutil.copytree("peft_fast_demo/adapters/email", "another_adapter")
@@ -261,8 +261,12 @@ def test_examples_of_the_readme(
     ids = rows[:4, :16]
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
     scope: dict[str, Any] = {"batches": rows[:32].split(8), "inputs": inputs}
-    for block in blocks:
+    for block in blocks[:3]:
         exec(block, scope)
     assert set(scope["model"].peft_config) == {"default", "another", "prefix"}
+    exec(blocks[3], scope)
+    scope["model"].train()(input_ids=ids, labels=ids).loss.backward()
+    quantized = [type(module).__name__ for module in scope["model"].modules()]
+    assert "Linear4bit" in quantized and all(p.grad is not None for p in scope["model"].parameters() if p.requires_grad)
     for name in ("my_adapter", "my_prefix"):
         assert (copy.parent / name / "adapter_model.safetensors").is_file()

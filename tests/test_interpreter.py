@@ -12,9 +12,11 @@ TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("file", sorted(path.name for path in (TESTS / "interpreter").glob("test_*.py")))
+def test_kernels_in_the_interpreter(file):
+    """File by file, so that workers share them."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreter"), "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", str(TESTS / "interpreter" / file), "-q", "-p", "no:cacheprovider"]
     run = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
     assert " passed" in run.stdout and " skipped" not in run.stdout, run.stdout
