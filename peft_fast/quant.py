@@ -3,7 +3,7 @@
 ``weight_of(layer)`` is how a linear layer of bitsandbytes looks from outside; ``read`` and ``write`` are its weight as
 plain numbers, for merging. Two faults of bitsandbytes 0.50.2 on CPUs are dealt with:
 
-- it takes the blocks' factors row by row, wrong where rows are no whole blocks (``FourBit.library_is_right``);
+- it takes the blocks' factors row by row, wrong where rows are no whole blocks (``ops.quantized.library_is_right``);
 - in the first forward without gradients it packs the weight anew, in place, and rounds the factors to bf16: what is
   merged or saved afterwards is wrong. ``pack_for_cpu`` does the same and keeps what was there; ``restore`` brings it
   back, and is called before the weight is read, trained with, or saved.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops.quantized import dequantize_4bit, library_is_right
+from .ops.quantized import dequantize_4bit
 from .reference_quant import dequantize_int8
 
 _packing = threading.Lock()  # a weight is packed once, whichever thread comes first
@@ -49,11 +49,6 @@ class FourBit(NamedTuple):
         """The weight's values, (N, K) in ``dtype``, by default its own; bit for bit those of bitsandbytes."""
         w: Tensor = dequantize_4bit(*self[:-1], dtype or self.dtype, implementation)
         return w
-
-    @property
-    def library_is_right(self) -> bool:
-        """Whether bitsandbytes computes rightly with a weight of this size on its device."""
-        return library_is_right(self.packed, self.blocksize, self.K, torch.float32)
 
 
 class Int8(NamedTuple):

@@ -16,6 +16,8 @@ from typing import Any, Self
 import torch
 from tqdm import tqdm
 
+from peft_fast.quant import kind_of
+
 from .errors import CommandError
 from .train_options import Options
 from .train_rows import IGNORED, Collator, Rows
@@ -184,7 +186,7 @@ def _keep_as_trained(model: Any) -> None:
     through: the layers that an adapter is not on would cut it off, without an error.
     """
     for module in model.modules():
-        if type(module).__name__ == "Linear4bit" and type(module).__module__.startswith("bitsandbytes"):
+        if kind_of(module) == "bnb 4bit":
             module.train()
 
 

@@ -1,6 +1,6 @@
 """Products with a quantized weight: dequantized for the forward and once more for the backward, never kept.
 
-The weight is any object with ``shape`` (N, K), ``device`` and ``dequantize(dtype)``: ``quant.FourBit``, ``quant.Int8``.
+The weight is any object with ``shape`` (N, K) and ``dequantize(dtype)``: ``quant.FourBit``, ``quant.Int8``.
 """
 
 from typing import Any, Protocol
