@@ -372,6 +372,22 @@ def test_a_base_with_hooks_or_a_patched_forward_is_called(directory: Path) -> No
     assert not site._is_plain_base(torch.ones(2).as_subclass(type("Traced", (Tensor,), {})))
 
 
+class _Doubled(bitsandbytes.nn.Linear4bit):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_subclass_with_another_forward_is_called(training: bool) -> None:
+    layer = _Doubled(128, 64, True, torch.float32, True, "nf4")
+    plain = copy.deepcopy(layer.to("cpu"))
+    config = peft_fast.LoraConfig(r=4, target_modules=["0"])  # B is 0
+    model = peft_fast.get_peft_model(nn.Sequential(layer), config).train(training)
+    x = torch.randn(5, 128)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(model(x), plain.train(training)(x))
+
+
 @pytest.mark.parametrize("kind", ["4-bit", "8-bit"])
 def test_training_compiles_to_one_graph(kind: str) -> None:
     layer = (

@@ -66,6 +66,7 @@ class _QuantizedLinear(Linear):
         weight = base_layer._parameters.get("weight")
         return (
             _is_plain(base_layer, type(base_layer))
+            and _is_of_the_library(base_layer)
             and type(x) in _TENSORS
             and weight is not None
             and weight.device == x.device
@@ -112,7 +113,7 @@ class Linear4bit(_QuantizedLinear):
     @staticmethod
     def _packed(base_layer: Any, x: Tensor) -> bool:
         """Whether bitsandbytes' fast product for inference on CPUs takes this call."""
-        return packs_for_cpu(base_layer, x) and pack_for_cpu(base_layer)
+        return packs_for_cpu(base_layer, x) and _is_of_the_library(base_layer) and pack_for_cpu(base_layer)
 
 
 class Linear8bitLt(_QuantizedLinear):
@@ -173,6 +174,11 @@ class TorchaoLoraLinear(_QuantizedLinear):
     def _write_weight(self, base_layer: Any, weight: Tensor) -> None:
         subclass: Any = self.get_apply_tensor_subclass  # `_check_mergeable` has seen it
         write(base_layer, weight, subclass())
+
+
+def _is_of_the_library(base_layer: nn.Module) -> bool:
+    """Whether its class is bitsandbytes' own: a subclass may have another forward, and reads the weight as it likes."""
+    return type(base_layer).__module__.startswith("bitsandbytes.")
 
 
 def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype:
