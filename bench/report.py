@@ -8,7 +8,7 @@ from typing import Any
 from . import report_mixed, report_prefix, report_quant
 from .report_lora import LABELS
 from .report_pages import Results, pages
-from .report_rows import rows_of, time_in_words, where
+from .report_rows import rows_of, targets, time_in_words, where
 from .run import RESULTS, SUITES
 
 GROUPS = (
@@ -77,8 +77,8 @@ def side_by_side(result: dict[str, Any]) -> str:
                 lines.append(f"{case:<{width}} {provider:<20} {_cells(info)}")
     slow = over_limit(result)
     lines += ["", *report_mixed.targets(rows_of(result, "mixed"), rows_of(result, "flat"))]
-    lines += report_prefix.targets(rows_of(result, "prefix attention"), rows_of(result, "prefix model"))
-    lines += report_quant.targets(rows_of(result, "quant model"), rows_of(result, "quant weight"))
+    for cases, suite, part in ((report_prefix.CASES, "prefix", "attention"), (report_quant.CASES, "quant", "weight")):
+        lines += targets(cases, rows_of(result, f"{suite} model"), rows_of(result, f"{suite} {part}"))
     lines += [f"peft_fast over peft: worst median ratio {slow[0]:.3f} ({slow[1]}), limit {PEFT_LIMIT}"]
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from .cases import PrefixModelCase, PrefixPromptCase, PrefixSiteCase, cpu_prefix
-from .report_rows import Entry, Rows, memory_entry, rows_of, table, time_in_words, where
+from .report_rows import Entry, memory_entry, rows_of, table, time_in_words, where
 
 CASES = {str(case): case for case in cpu_prefix(quick=False)}
 _MODES = {"fwd": "forward", "train": "forward and backward", "decode": "of a decode step"}
@@ -25,24 +25,6 @@ def label(name: str) -> str:
         prompt = "" if case.mode == "train" else " of prompt, padded" if case.padded else " of prompt"
         return f"{what}, {case.rows} x {case.tokens} tokens{prompt}, P = {case.prefix}{many}, {case.dtype}"
     return name
-
-
-def targets(attention: Rows, models: Rows) -> list[str]:
-    """What must be at least as fast as peft, met or missed; and how peft_fast's attention stands to the strongest."""
-    lines = []
-    for name, by_provider in models.items():
-        case, ours = CASES.get(name), by_provider.get("peft_fast", {})
-        if isinstance(case, PrefixModelCase) and case.must is not None and "ratio_to_peft" in ours:
-            faster = 1 / ours["ratio_to_peft"]["median"]
-            verdict = "met    " if faster >= case.must else "MISSED "
-            lines.append(f"{verdict} {name}: {faster:.2f} times as fast as peft, must {case.must}")
-    for name, by_provider in attention.items():
-        ours = by_provider.get("peft_fast", {})
-        if "ratio_to_strongest" in ours:
-            ratio = ours["ratio_to_strongest"]
-            spread = f"{ratio['low']:.2f}..{ratio['high']:.2f}"
-            lines.append(f"        {name}: {ratio['median']:.2f} ({spread}) of the time of {ours['strongest']}")
-    return lines
 
 
 def entries(result: dict[str, Any]) -> dict[str, Entry]:

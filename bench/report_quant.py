@@ -3,7 +3,7 @@
 from typing import Any
 
 from .cases import QuantModelCase, QuantSiteCase, QuantWeightCase, cpu_quant
-from .report_rows import Entry, Rows, memory_entry, rows_of, table, time_in_words, where
+from .report_rows import Entry, memory_entry, rows_of, table, time_in_words, where
 
 CASES = {str(case): case for case in cpu_quant(quick=False)}
 WORST = "worst"  # among `entries`: the line with the largest ratio once more
@@ -33,24 +33,6 @@ def label(name: str) -> str:
 
 def _tokens(M: int) -> str:
     return "one token" if M == 1 else f"{M} tokens"
-
-
-def targets(models: Rows, weights: Rows) -> list[str]:
-    """What must be at least as fast as peft, met or missed; and how peft_fast's dequantizing stands to the fastest."""
-    lines = []
-    for name, by_provider in models.items():
-        case, ours = CASES.get(name), by_provider.get("peft_fast", {})
-        if isinstance(case, QuantModelCase) and case.must is not None and "ratio_to_peft" in ours:
-            faster = 1 / ours["ratio_to_peft"]["median"]
-            verdict = "met    " if faster >= case.must else "MISSED "
-            lines.append(f"{verdict} {name}: {faster:.2f} times as fast as peft, must {case.must}")
-    for name, by_provider in weights.items():
-        ours = by_provider.get("peft_fast", {})
-        if "ratio_to_strongest" in ours:
-            ratio = ours["ratio_to_strongest"]
-            spread = f"{ratio['low']:.2f}..{ratio['high']:.2f}"
-            lines.append(f"        {name}: {ratio['median']:.2f} ({spread}) of the time of {ours['strongest']}")
-    return lines
 
 
 def entries(result: dict[str, Any]) -> dict[str, Entry]:

@@ -1,5 +1,6 @@
 """What all parts of the report read from a result file, and how they write numbers."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> extra_info with median
@@ -55,6 +56,24 @@ def time_in_words(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
+
+
+def targets(cases: Mapping[str, Any], models: Rows, parts: Rows) -> list[str]:
+    """Models that must be at least as fast as peft, met or missed; how peft_fast's parts stand to the strongest."""
+    lines = []
+    for name, by_provider in models.items():
+        must, ours = getattr(cases.get(name), "must", None), by_provider.get("peft_fast", {})
+        if must is not None and "ratio_to_peft" in ours:
+            faster = 1 / ours["ratio_to_peft"]["median"]
+            verdict = "met    " if faster >= must else "MISSED "
+            lines.append(f"{verdict} {name}: {faster:.2f} times as fast as peft, must {must}")
+    for name, by_provider in parts.items():
+        ours = by_provider.get("peft_fast", {})
+        if "ratio_to_strongest" in ours:
+            ratio = ours["ratio_to_strongest"]
+            spread = f"{ratio['low']:.2f}..{ratio['high']:.2f}"
+            lines.append(f"        {name}: {ratio['median']:.2f} ({spread}) of the time of {ours['strongest']}")
+    return lines
 
 
 def memory_entry(label: str, row: dict[str, dict[str, Any]]) -> Entry:
