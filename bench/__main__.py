@@ -1,15 +1,15 @@
-"""Command line of the measurements: ``python -m bench aot | run | report``."""
+"""Command line of the measurements: ``python -m bench aot | run | report | tune``."""
 
 import argparse
 import sys
 
-from . import aot, report, run
+from . import aot, report, run, tune
 
-# `tune`, which fills csrc_triton's tables on a GPU, belongs here
 COMMANDS = {
     "aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like"),
     "run": (run, "measure LoRA beside plain torch and peft"),
     "report": (report, "show a result file side by side, draw it, fill in README.md and docs/benchmarks.md"),
+    "tune": (tune, "measure on this GPU which configuration and which implementation is fastest; fill the tables"),
 }
 
 

@@ -6,12 +6,13 @@ time and free of spills (``python -m bench aot``). ``tables/configs.json`` holds
     {"kernel", "dtype", "M", "N", "K", "R", "config", "gpu", "torch", "triton", "date", "commit"}
 
 where M is the largest M the row speaks for, and gpu and triton ("3.9") have to agree with what is running.
+``python -m bench tune`` writes it; ``trying`` and ``use_table`` are what it needs here.
 """
 
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Candidate:
 
 ALWAYS = 1 << 62
 CANDIDATES: dict[str, list[Candidate]] = {}
+_tried: dict[str, tuple[dict[str, int], set[tuple[str, int, int, int, int]]]] = {}  # see trying
 
 
 def candidates(kernel: str, rows: list[Candidate]) -> list[Candidate]:
@@ -75,7 +77,41 @@ def candidates_for(kernel: str, arch: str, itemsize: int = 2) -> Iterator[Candid
 
 def config_for(kernel: str, x: Tensor, M: int, N: int, K: int, R: int) -> dict[str, int]:
     """The configuration for one launch on x's device: measured if there is a row, else the default."""
+    if kernel in _tried:
+        config, asked = _tried[kernel]
+        asked.add((str(x.dtype).removeprefix("torch."), M, N, K, R))
+        return dict(config)
     return dict(_lookup(kernel, x.device, x.dtype, triton.next_power_of_2(max(M, 1)), N, K, block_r(R)))
+
+
+@contextmanager
+def trying(kernel: str, config: dict[str, int]) -> Iterator[set[tuple[str, int, int, int, int]]]:
+    """Inside, launches of ``kernel`` run with ``config``; yields the (dtype, M, N, K, R) they ask for as they come.
+
+    For the tuner: it holds for all threads of the process.
+    """
+    asked: set[tuple[str, int, int, int, int]] = set()
+    _tried[kernel] = (config, asked)
+    try:
+        yield asked
+    finally:
+        del _tried[kernel]
+
+
+def default_config(kernel: str, arch: str, dtype: torch.dtype, M: int, R: int) -> dict[str, int]:
+    """What runs where nothing was measured; M and R as powers of two.    Raises: LookupError if nothing fits."""
+    for candidate in candidates_for(kernel, arch, 4 if dtype == torch.float32 else 2):
+        if M <= candidate.default_to and R <= candidate.max_rank:
+            return candidate.config
+    raise LookupError(f"{kernel}: no default configuration for {dtype}, M={M}, R={R} on {arch}")
+
+
+def use_table(path: Path) -> None:
+    """Take measured rows from this file from now on, as it is now."""
+    global TABLE
+    TABLE = path
+    _table.cache_clear()
+    _lookup.cache_clear()
 
 
 def block_r(R: int, largest: int = 1 << 30) -> int:
@@ -93,11 +129,7 @@ def _lookup(kernel: str, device: torch.device, dtype: torch.dtype, M: int, N: in
     measured = _measured_row(kernel, device, dtype, M, N, K, R)
     if measured is not None:
         return measured["config"]
-    arch = arch_of(device)
-    for candidate in candidates_for(kernel, arch, 4 if dtype == torch.float32 else 2):
-        if M <= candidate.default_to and R <= candidate.max_rank:
-            return candidate.config
-    raise LookupError(f"{kernel}: no default configuration for {dtype}, M={M}, R={R} on {arch}")
+    return default_config(kernel, arch_of(device), dtype, M, R)
 
 
 def _measured_row(
