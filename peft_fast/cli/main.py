@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from peft_fast import __version__
 
-from . import train_options
+from . import bench as bench_command, plan as plan_command, train_options
 from .errors import CommandError, UsageError
 
 
@@ -79,6 +79,15 @@ def build_parser() -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train_options.add_to(train)
+    plan = commands.add_parser(
+        "plan",
+        help="will it fit, how long is a step, what do the adapters cost: calculated, no GPU needed",
+        description="Memory and time of one step of a Llama-shaped model with LoRA adapters on H100, H200, A100 or\n"
+        "MI300X, by arithmetic: bytes, flops, launches, exchange between GPUs. docs/plan.md has the formulas.",
+        epilog="example:\n  peft-fast plan --model-config DIR --adapters 100 --batch 32 --context 1024 --gpu H100",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    plan_command.add_to(plan)
     _add_run(commands)
     return parser
 
@@ -227,13 +236,27 @@ def _train(args: argparse.Namespace) -> int:
     return train.run(options)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    return plan_command.run(
+        plan_command.Options(**{name: getattr(args, name) for name in plan_command.Options._fields})
+    )
+
+
 def _run(args: argparse.Namespace) -> int:
     from . import run
 
     return run.run(args.target, args.arguments, args.is_module)
 
 
-COMMANDS = {"demo": _demo, "info": _info, "check": _check, "generate": _generate, "train": _train, "run": _run}
+COMMANDS = {
+    "demo": _demo,
+    "info": _info,
+    "check": _check,
+    "generate": _generate,
+    "train": _train,
+    "plan": _plan,
+    "run": _run,
+}
 
 
 def _positive(text: str) -> int:
