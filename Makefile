@@ -20,7 +20,7 @@ aot:
 	python -m bench aot
 
 bench:
-	for suite in lora mixed prefix quant; do python -m bench run --suite $$suite || exit 1; done; python -m bench report
+	python -m bench run --device cpu --out bench/results/cpu && python -m bench report --readme
 
 demo:
 	peft-fast demo

@@ -1,11 +1,10 @@
-"""What is measured, as data: LoRA at single sites and in models, mixed batches, prefixes, quantized bases.
+"""Kinds of cases: LoRA at single sites and in models, mixed batches, prefixes, quantized bases, generation.
 
-Nothing here runs.
+Data only; ``suites`` lists what is measured. ``str(case)`` is its name, ``words`` the same for people, ``tiny()`` one
+of the kind that a CPU can try in a second.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 BYTES = {"bf16": 2, "fp32": 4}
 MIXED_RANKS = (16, 4, 64, 8, 32)  # of the adapters in mixed batches, in turn
@@ -15,8 +14,9 @@ MIXED_RANKS = (16, 4, 64, 8, 32)  # of the adapters in mixed batches, in turn
 class OpCase:
     """One linear site (N, K) with a LoRA of rank R, at M tokens.
 
-    mode: "fwd" without gradients, "graph" the same in a CUDA graph, "train" forward and backward (to x, a and b).
+    mode: "fwd" without gradients, "train" forward and backward (to x, a and b).
     dtype: of x and w.    adapters: dtype of a and b; PEFT's default for a bf16 model is fp32.    dropout: in training.
+    compiled: plain torch and peft take part under torch.compile too.
     """
 
     site: str
@@ -28,10 +28,23 @@ class OpCase:
     dtype: str = "bf16"
     adapters: str = "bf16"
     dropout: float = 0.0
+    compiled: bool = False
 
     def __str__(self) -> str:
         more = f"-p{self.dropout}" if self.dropout else ""
         return f"{self.site}-M{self.M}-r{self.R}-{self.mode}-{self.dtype}-{self.adapters}{more}"
+
+    @property
+    def words(self) -> str:
+        what = "forward and backward" if self.mode == "train" else "forward"
+        adapters = f", {self.adapters} adapter" if self.adapters != self.dtype else ""
+        return (
+            f"{self.site} {self.K} to {self.N}, {_tokens(self.M)}, r = {self.R}, {what}, {self.dtype}{adapters}"
+            f"{_dropout(self.dropout)}"
+        )
+
+    def tiny(self) -> "OpCase":
+        return replace(self, K=self.K // 64, N=self.N // 64, M=min(self.M, 64), R=min(self.R, 16))
 
     def flops(self, lora: bool) -> float:
         """Multiplications and additions; training has no gradient of w."""
@@ -54,18 +67,31 @@ class ModelCase:
     """A Llama with all-linear LoRA of rank 16. mode: "fwd" without gradients, or "train": forward, loss, backward.
 
     adapters: "default" is what get_peft_model makes (fp32), "same" the model's dtype (autocast_adapter_dtype=False).
+    compiled: the libraries take part under torch.compile too; of training steps only those without dropout can be.
+    size: "small", or "8b": four layers of Llama-3-8B's sizes.
     """
 
-    name: str
     mode: str
     dtype: str
-    batch: int
+    rows: int
     tokens: int
     dropout: float = 0.0
     adapters: str = "default"
+    compiled: bool = False
+    size: str = "small"
 
     def __str__(self) -> str:
-        return self.name
+        more = "-adapters" * (self.adapters == "same") + (f"-p{self.dropout}" if self.dropout else "")
+        return f"lora-{self.mode}-{self.rows}x{self.tokens}-{self.dtype}{more}"
+
+    @property
+    def words(self) -> str:
+        what = "training step" if self.mode == "train" else "forward"
+        adapters = f", {self.dtype} adapter" if self.adapters == "same" else ""
+        return f"LoRA, {what}, {_batch(self.rows, self.tokens)}, {self.dtype}{adapters}{_dropout(self.dropout)}"
+
+    def tiny(self) -> "ModelCase":
+        return replace(self, rows=min(self.rows, 2), tokens=min(self.tokens, 16))
 
 
 @dataclass(frozen=True)
@@ -73,8 +99,7 @@ class MixedCase:
     """A Llama with ``loaded`` all-linear LoRA adapters; each row of a batch takes one of ``distinct``, in turn.
 
     together: the rows of an adapter follow each other.    dtype, adapters: as in ``ModelCase``.
-    group: "mixed", or "flat": the same batch while more and more adapters are loaded.
-    aim: peft_fast's time over the base's should not be more.    faster: peft's over peft_fast's must not be less.
+    aim: peft_fast's time over the base's should not be more.    must: peft's over peft_fast's must not be less.
     """
 
     rows: int
@@ -84,14 +109,23 @@ class MixedCase:
     dtype: str = "fp32"
     adapters: str = "default"
     together: bool = False
-    group: str = "mixed"
     aim: float | None = None
-    faster: float = 1.0
+    must: float = 1.0
 
     def __str__(self) -> str:
         dtype = self.dtype + ("-adapters" if self.adapters == "same" else "")
         more = "-together" if self.together else ""
-        return f"{self.group}-{self.rows}x{self.tokens}-{self.distinct}of{self.loaded}-{dtype}{more}"
+        return f"mixed-{self.rows}x{self.tokens}-{self.distinct}of{self.loaded}-{dtype}{more}"
+
+    @property
+    def words(self) -> str:
+        of = f"{self.distinct} of {_adapters(self.loaded)}"
+        more = ", rows of an adapter together" if self.together else ""
+        adapters = f", {self.dtype} adapters" if self.adapters == "same" else ""
+        return f"{_batch(self.rows, self.tokens)}, {of}, {self.dtype}{adapters}{more}"
+
+    def tiny(self) -> "MixedCase":
+        return replace(self, rows=min(self.rows, 4), distinct=min(self.distinct, 3), loaded=min(self.loaded, 6))
 
     @property
     def names(self) -> list[str]:
@@ -102,20 +136,31 @@ class MixedCase:
 
 @dataclass(frozen=True)
 class ManageCase:
-    """A Llama with 32 small layers, 224 linear ones: adding, loading, setting and deleting adapter number ``nth``."""
+    """A Llama with 32 small layers, 224 linear ones: an operation on adapter number ``nth``, ``rounds`` times.
 
+    operation: "add_adapter", "load_adapter", "set_adapter" or "delete_adapter".
+    """
+
+    operation: str
     nth: int
     rounds: int
 
     def __str__(self) -> str:
-        return f"as-number-{self.nth}"
+        return f"{self.operation}-as-number-{self.nth}"
+
+    @property
+    def words(self) -> str:
+        return f"{self.operation} as adapter number {self.nth}, 224 layers"
+
+    def tiny(self) -> "ManageCase":
+        return replace(self, nth=min(self.nth, 4), rounds=2)
 
 
 @dataclass(frozen=True)
 class MixedOpCase:
     """One linear site (N, K) and M rows that take ``adapters`` LoRA adapters of ``MIXED_RANKS``, in turn.
 
-    mode: "fwd" or "graph".    x, w and adapters are bf16. Not counted: the plan, made once for all sites of a model.
+    x, w and adapters are bf16. Not counted: the plan, made once for all sites of a model.
     """
 
     site: str
@@ -123,10 +168,16 @@ class MixedOpCase:
     N: int
     M: int
     adapters: int
-    mode: str = "fwd"
 
     def __str__(self) -> str:
-        return f"{self.site}-M{self.M}-{self.adapters}adapters-{self.mode}"
+        return f"mixed-{self.site}-M{self.M}-{self.adapters}adapters"
+
+    @property
+    def words(self) -> str:
+        return f"{self.site} {self.K} to {self.N}, {_tokens(self.M)}, {_adapters(self.adapters)}, bf16"
+
+    def tiny(self) -> "MixedOpCase":
+        return replace(self, K=self.K // 64, N=self.N // 64, M=min(self.M, 8), adapters=min(self.adapters, 4))
 
     @property
     def slots(self) -> list[int]:
@@ -159,6 +210,13 @@ class MixedDecodeCase:
         return f"decode-{self.rows}rows-{self.distinct}of{self.loaded}"
 
     @property
+    def words(self) -> str:
+        return f"8B, {self.rows} rows, {self.distinct} of {_adapters(self.loaded)}, bf16"
+
+    def tiny(self) -> "MixedDecodeCase":
+        return replace(self, rows=min(self.rows, 8), distinct=min(self.distinct, 4), loaded=6)
+
+    @property
     def names(self) -> list[str]:
         """The adapter of each row."""
         return [f"a{i % self.distinct}" for i in range(self.rows)]
@@ -169,7 +227,7 @@ class PrefixSiteCase:
     """Attention of one layer whose rows have ``prefix`` learned tokens before ``tokens`` of text.
 
     mode: "fwd" (all tokens, causal), "train" (forward and backward, to q, k, v and the prefix), "decode" (the last
-    token, the others are cached), "graph" (the same in a CUDA graph).
+    token, the others are cached).
     prefixes: how many different ones there are; rows take them in turn.
     """
 
@@ -188,9 +246,17 @@ class PrefixSiteCase:
         return f"{self.mode}-{self.rows}x{self.tokens}-P{self.prefix}-{self.dtype}{more}"
 
     @property
+    def words(self) -> str:
+        what = {"fwd": "forward", "train": "forward and backward", "decode": "of a decode step"}[self.mode]
+        return f"attention {what}, {_batch(self.rows, self.tokens)}{_prefix(self.prefix, self.prefixes)}, {self.dtype}"
+
+    def tiny(self) -> "PrefixSiteCase":
+        return replace(self, rows=min(self.rows, 8), tokens=24, prefix=20, heads=4, kv_heads=2, head_size=16)
+
+    @property
     def queries(self) -> int:
         """Of a row."""
-        return 1 if self.mode in ("decode", "graph") else self.tokens
+        return 1 if self.mode == "decode" else self.tokens
 
     def flops(self, prefix: bool) -> float:
         """Two products of each query with each key that it sees; five more in the backward."""
@@ -220,6 +286,14 @@ class PrefixPromptCase:
     def __str__(self) -> str:
         return f"prompt-{self.mode}-{self.rows}rows-P{self.prefix}"
 
+    @property
+    def words(self) -> str:
+        what = "forward and backward" if self.mode == "train" else "forward"
+        return f"from a projection to keys and values, {what}, {self.rows} rows, P = {self.prefix}"
+
+    def tiny(self) -> "PrefixPromptCase":
+        return replace(self, rows=min(self.rows, 4), prefix=20)
+
 
 @dataclass(frozen=True)
 class PrefixModelCase:
@@ -245,7 +319,17 @@ class PrefixModelCase:
 
     def __str__(self) -> str:
         more = (f"-{self.prefixes}prefixes" if self.prefixes > 1 else "") + "-padded" * self.padded
-        return f"{self.mode}-{self.rows}x{self.tokens}-P{self.prefix}-{self.dtype}{more}"
+        return f"prefix-{self.mode}-{self.rows}x{self.tokens}-P{self.prefix}-{self.dtype}{more}"
+
+    @property
+    def words(self) -> str:
+        what = "training step" if self.mode == "train" else f"generating {self.new} tokens"
+        prompt = "" if self.mode == "train" else " of prompt, padded" if self.padded else " of prompt"
+        batch = _batch(self.rows, self.tokens) + prompt
+        return f"prefix, {what}, {batch}{_prefix(self.prefix, self.prefixes)}, {self.dtype}"
+
+    def tiny(self) -> "PrefixModelCase":
+        return replace(self, rows=min(self.rows, 4), tokens=min(self.tokens, 8), prefix=20, new=min(self.new, 4))
 
     @property
     def names(self) -> list[str]:
@@ -266,12 +350,16 @@ class PrefixDecodeCase:
         return f"decode-{self.rows}rows-P{self.prefix}{more}"
 
     @property
+    def words(self) -> str:
+        return f"8B, {self.rows} rows{_prefix(self.prefix, self.prefixes)}, bf16"
+
+    def tiny(self) -> "PrefixDecodeCase":
+        return replace(self, rows=min(self.rows, 8), prefix=20)
+
+    @property
     def names(self) -> list[str]:
         """The adapter of each row."""
         return [f"a{i % self.prefixes}" for i in range(self.rows)]
-
-
-PrefixCase = PrefixSiteCase | PrefixPromptCase | PrefixModelCase | PrefixDecodeCase
 
 
 def quantized_bytes(kind: str, N: int, K: int) -> float:
@@ -290,6 +378,13 @@ class QuantWeightCase:
     def __str__(self) -> str:
         return f"dequantize-{self.N}x{self.K}-{self.dtype}"
 
+    @property
+    def words(self) -> str:
+        return f"dequantizing NF4, {self.N} x {self.K}, to {self.dtype}"
+
+    def tiny(self) -> "QuantWeightCase":
+        return replace(self, **_whole_blocks(self.N, self.K))
+
     def bytes(self) -> float:
         """The codes and factors, and what is made of them."""
         return quantized_bytes("nf4", self.N, self.K) + self.N * self.K * BYTES[self.dtype]
@@ -299,8 +394,7 @@ class QuantWeightCase:
 class QuantSiteCase:
     """One quantized linear site (N, K) with a LoRA of rank 16, at M tokens.
 
-    mode: "fwd" (evaluation, no gradient), "graph" (the same in a CUDA graph), "train" (forward and backward, to x, a
-    and b; of bf16 under autocast).
+    mode: "fwd" (evaluation, no gradient), "train" (forward and backward, to x, a and b; of bf16 under autocast).
     kind: "nf4" (with double quantization) or "int8".    dtype: of x; a and b are fp32.    dropout: in training.
     """
 
@@ -317,6 +411,15 @@ class QuantSiteCase:
     def __str__(self) -> str:
         more = f"-p{self.dropout}" if self.dropout else ""
         return f"{self.site}-M{self.M}-{self.kind}-{self.mode}-{self.dtype}{more}"
+
+    @property
+    def words(self) -> str:
+        what = "forward and backward" if self.mode == "train" else "forward"
+        site = f"{self.site} {self.K} to {self.N}, {self.kind.upper()}"
+        return f"{site}, {_tokens(self.M)}, r = {self.R}, {what}, {self.dtype}{_dropout(self.dropout)}"
+
+    def tiny(self) -> "QuantSiteCase":
+        return replace(self, M=min(self.M, 64), **_whole_blocks(self.N, self.K))
 
     def flops(self, lora: bool) -> float:
         """As ``OpCase.flops``: what dequantizing takes is not work of the product."""
@@ -357,223 +460,77 @@ class QuantModelCase:
 
     def __str__(self) -> str:
         more = ("-autocast" if self.autocast else "") + (f"-p{self.dropout}" if self.dropout else "")
-        return f"{self.mode}-{self.rows}x{self.tokens}-{self.kind}-{self.dtype}{more}"
+        return f"quant-{self.mode}-{self.rows}x{self.tokens}-{self.kind}-{self.dtype}{more}"
+
+    @property
+    def words(self) -> str:
+        what = "training step" if self.mode == "train" else "forward"
+        dtype = self.dtype + " autocast" * self.autocast + _dropout(self.dropout)
+        return f"{self.kind.upper()}, {what}, {_batch(self.rows, self.tokens)}, {dtype}"
+
+    def tiny(self) -> "QuantModelCase":
+        return replace(self, rows=min(self.rows, 2), tokens=min(self.tokens, 16))
 
     @property
     def autocast(self) -> bool:
         return self.prepared and self.dtype == "bf16"
 
 
-QuantCase = QuantWeightCase | QuantSiteCase | QuantModelCase
+@dataclass(frozen=True)
+class GenerateCase:
+    """A Llama generates ``new`` tokens greedily after ``tokens`` of prompt, its cache a dynamic one.
 
-# Llama-3-8B; qkv and gate_up as one matrix each
-LLAMA_8B = (("qkv", 4096, 6144), ("o", 4096, 4096), ("gate_up", 4096, 28672), ("down", 14336, 4096))
-# the same as quantized models have them: q, k and v, gate and up are layers of their own
-LLAMA_8B_LAYERS = (("q", 4096, 4096), ("k", 4096, 1024), ("up", 4096, 14336), ("down", 14336, 4096))
-# a quarter of its sizes: what one CPU core can take
-LLAMA_QUARTER = (("qkv", 1024, 1536), ("o", 1024, 1024), ("gate_up", 1024, 7168), ("down", 3584, 1024))
-
-
-def cpu_ops(quick: bool) -> Iterator[OpCase]:
-    """Sizes that fit one core."""
-    sites = LLAMA_QUARTER[1:2] if quick else LLAMA_QUARTER
-    for site, K, N in sites:
-        for M in (1, 128) if quick else (1, 16, 256):
-            yield OpCase(site, K, N, M, 16)
-        yield OpCase(site, K, N, 128, 16, "train", adapters="fp32", dropout=0.05)
-    if not quick:
-        for R in (8, 64):
-            yield OpCase("o", 1024, 1024, 256, R)
-        yield OpCase("o", 1024, 1024, 1, 16, dtype="fp32", adapters="fp32")
-        yield OpCase("o", 1024, 1024, 256, 16, dtype="fp32", adapters="fp32")
-
-
-def cpu_models(quick: bool) -> Iterator[ModelCase]:
-    """The cases whose targets the project states, and their fp32 variants."""
-    rows, tokens = (2, 32) if quick else (8, 128)
-    yield ModelCase("forward-bf16", "fwd", "bf16", rows, tokens)
-    yield ModelCase("one-token-bf16", "fwd", "bf16", 1, 1)
-    yield ModelCase("train-bf16-dropout", "train", "bf16", rows, tokens, dropout=0.05)
-    if not quick:
-        yield ModelCase("train-bf16-adapters", "train", "bf16", rows, tokens, adapters="same")
-        yield ModelCase("forward-fp32", "fwd", "fp32", rows, tokens)
-        yield ModelCase("one-token-fp32", "fwd", "fp32", 1, 1)
-        yield ModelCase("train-fp32-dropout", "train", "fp32", rows, tokens, dropout=0.05)
-
-
-def cpu_mixed(quick: bool) -> Iterator[MixedCase]:
-    """Batches that mix adapters. In an order in which adapters are only ever added: see ``mixed_cases.Loaded``."""
-    if quick:
-        yield MixedCase(4, 1, 2, 2, group="flat")
-        yield MixedCase(4, 1, 3, 3)
-        yield MixedCase(4, 1, 2, 6, group="flat")
-        yield MixedCase(4, 2, 3, 6, dtype="bf16", together=True)
-        return
-    yield MixedCase(8, 1, 4, 4, group="flat")
-    yield MixedCase(8, 1, 4, 10, group="flat")
-    yield MixedCase(32, 1, 32, 32, aim=2.0, faster=3.0)
-    yield MixedCase(32, 1, 8, 32, aim=1.6, faster=2.0)
-    yield MixedCase(32, 1, 1, 32, aim=1.4)
-    yield MixedCase(32, 1, 8, 32, together=True, aim=1.6, faster=2.0)
-    for distinct in (32, 8, 1):
-        yield MixedCase(32, 64, distinct, 32)
-    yield MixedCase(8, 1, 1, 100, aim=1.4, faster=6.0)
-    yield MixedCase(8, 1, 4, 100, group="flat")
-    for adapters in ("default", "same"):
-        for distinct in (32, 8, 1):
-            yield MixedCase(32, 1, distinct, 32, "bf16", adapters)
-        yield MixedCase(32, 64, 8, 32, "bf16", adapters)
-
-
-def cpu_manage(quick: bool) -> Iterator[ManageCase]:
-    """What adapters cost to come, to be switched to and to go, the more there are."""
-    for nth, rounds in ((2, 2), (4, 2)) if quick else ((2, 7), (10, 7), (100, 5)):
-        yield ManageCase(nth, rounds)
-
-
-def cpu_prefix(quick: bool) -> Iterator[PrefixCase]:
-    """Attention, the way from the encoder to it, and whole models, in sizes that fit one core."""
-    if quick:
-        for mode in ("fwd", "train", "decode"):
-            yield PrefixSiteCase(mode, 4, 24, 20)
-        yield PrefixSiteCase("train", 4, 24, 20, "bf16", prefixes=2)
-        yield PrefixPromptCase("train", 4, 20)
-        yield PrefixModelCase("train", 4, 16, 20, must=1.0)
-        yield PrefixModelCase("generate", 4, 8, 20, new=4, must=1.0)
-        yield PrefixModelCase("generate", 4, 8, 20, new=4, prefixes=2, padded=True)
-        return
-    for mode, tokens in (("fwd", 128), ("train", 128), ("decode", 256)):
-        for prefix in (20, 128, 512, 1024):
-            yield PrefixSiteCase(mode, 8, tokens, prefix)
-        yield PrefixSiteCase(mode, 8, tokens, 128, "bf16")
-        yield PrefixSiteCase(mode, 8, tokens, 128, prefixes=4)
-    for mode in ("fwd", "train"):
-        yield PrefixPromptCase(mode, 16, 128)
-    yield PrefixModelCase("train", 16, 64, 128, must=1.0)
-    yield PrefixModelCase("train", 16, 64, 512)
-    yield PrefixModelCase("train", 16, 64, 128, "bf16")
-    yield PrefixModelCase("generate", 16, 32, 128, must=1.0)
-    yield PrefixModelCase("generate", 16, 32, 128, padded=True)
-    yield PrefixModelCase("generate", 16, 32, 128, prefixes=4)
-
-
-def cpu_quant(quick: bool) -> Iterator[QuantCase]:
-    """Dequantizing, single layers and models, in sizes that fit one core."""
-    if quick:
-        for dtype in BYTES:
-            yield QuantWeightCase(128, 256, dtype)
-        for kind in ("nf4", "int8"):
-            yield QuantSiteCase("o", 256, 128, 4, kind=kind)
-            yield QuantSiteCase("o", 256, 128, 32, "train", kind, dropout=0.05)
-        yield QuantModelCase("train", 2, 16, dropout=0.05, must=1.0)
-        yield QuantModelCase("train", 2, 16, "int8", "fp32", must=1.0)
-        yield QuantModelCase("fwd", 1, 1, prepared=False)
-        return
-    for size in (1024, 4096):
-        for dtype in BYTES:
-            yield QuantWeightCase(size, size, dtype)
-    for M in (1, 16, 64, 512, 2048):
-        yield QuantSiteCase("o", 1024, 1024, M)
-    for M in (512, 2048):
-        yield QuantSiteCase("o", 1024, 1024, M, "train", dropout=0.05)
-    yield QuantSiteCase("o", 1024, 1024, 1, dtype="fp32")
-    yield QuantSiteCase("o", 1024, 1024, 512, "train", dtype="fp32")
-    yield QuantSiteCase("o", 1024, 1024, 1, kind="int8")
-    yield QuantSiteCase("o", 1024, 1024, 512, kind="int8")
-    yield QuantSiteCase("o", 1024, 1024, 512, "train", "int8", dropout=0.05)
-    yield QuantModelCase("train", 8, 128, dropout=0.05, must=1.0)
-    yield QuantModelCase("train", 8, 128, dtype="fp32", must=1.0)
-    yield QuantModelCase("train", 8, 128, "int8", dropout=0.05, must=1.0)
-    yield QuantModelCase("fwd", 1, 1, prepared=False)
-    yield QuantModelCase("fwd", 8, 128, prepared=False)
-    yield QuantModelCase("fwd", 8, 128)
-    yield QuantModelCase("fwd", 1, 1, "int8", prepared=False)
-
-
-def gpu_ops(step: str) -> Iterator[OpCase]:
-    """Steps of the GPU campaign: "forward" (sites, sizes, ranks), "decode" (eager, graphs), "backward" (beside peft).
-
-    Each stays under ten minutes on its own; "forward" is cut by site: "forward-o" and so on.
+    adapters: how many different all-linear LoRA adapters of rank 16 the rows take in turn; one is the active adapter,
+    several are ``adapter_names``.    kind: "dense", or "nf4": quantized by bitsandbytes.
     """
-    if step.startswith("forward-"):
-        site, K, N = next(row for row in LLAMA_8B if row[0] == step.removeprefix("forward-"))
-        for M in (1, 16, 64, 256, 1024, 2048, 8192, 16384):
-            for R in (8, 16, 64):
-                yield OpCase(site, K, N, M, R)
-    elif step == "decode":
-        for site, K, N in LLAMA_8B:
-            for M in (1, 16):
-                for mode in ("fwd", "graph"):
-                    yield OpCase(site, K, N, M, 16, mode)
-    elif step == "backward":
-        for site, K, N in LLAMA_8B:
-            for adapters in ("bf16", "fp32"):
-                yield OpCase(site, K, N, 8192, 16, "train", adapters=adapters, dropout=0.05)
+
+    rows: int
+    tokens: int
+    adapters: int = 1
+    dtype: str = "fp32"
+    kind: str = "dense"
+    new: int = 32
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "dense" else f"-{self.kind}"
+        return f"lora-generate-{self.rows}x{self.tokens}-{self.adapters}adapters-{self.dtype}{kind}"
+
+    @property
+    def words(self) -> str:
+        adapters = f", {self.adapters} adapters" if self.adapters > 1 else ""
+        kind = "" if self.kind == "dense" else f"{self.kind.upper()}, "
+        batch = f"{_batch(self.rows, self.tokens)} of prompt"
+        return f"LoRA, {kind}generating {self.new} tokens, {batch}{adapters}, {self.dtype}"
+
+    def tiny(self) -> "GenerateCase":
+        few = min(self.adapters, 2)
+        return replace(self, rows=min(self.rows, 4), tokens=min(self.tokens, 8), adapters=few, new=min(self.new, 4))
+
+    @property
+    def names(self) -> list[str]:
+        """The adapter of each row."""
+        return [f"a{i % self.adapters}" for i in range(self.rows)]
 
 
-def gpu_mixed(step: str) -> Iterator[MixedOpCase | MixedDecodeCase]:
-    """Steps of the GPU campaign with mixed batches: "mixed" (decode at the sites), "mixed-model" (end to end)."""
-    if step == "mixed":
-        for site, K, N in LLAMA_8B:
-            for M in (1, 8, 32, 64):
-                for adapters in sorted({a for a in (1, 8, 32, 128) if a <= M} | {128}):
-                    for mode in ("fwd", "graph"):
-                        yield MixedOpCase(site, K, N, M, adapters, mode)
-    elif step == "mixed-model":
-        for distinct in (1, 8, 32):
-            yield MixedDecodeCase(32, distinct, 128)
-        yield MixedDecodeCase(128, 128, 128)
+def _tokens(M: int) -> str:
+    return f"{M} token{'s' * (M > 1)}"
 
 
-def gpu_prefix(step: str) -> Iterator[PrefixCase]:
-    """Steps of the GPU campaign with prefixes: attention forward, with backward, decode; models end to end."""
-    sizes: dict[str, Any] = dict(dtype="bf16", heads=32, kv_heads=8, head_size=128)
-    if step in ("prefix-fwd", "prefix-train"):
-        for prefix in (20, 128, 512, 1024):
-            yield PrefixSiteCase(step.removeprefix("prefix-"), 8, 512, prefix, **sizes)
-        yield PrefixSiteCase(step.removeprefix("prefix-"), 4, 2048, 128, **sizes)
-        yield PrefixSiteCase(step.removeprefix("prefix-"), 8, 512, 128, prefixes=8, **sizes)
-    elif step == "prefix-decode":
-        for rows in (16, 64, 256):
-            for prefix in (20, 128, 512, 1024):
-                yield PrefixSiteCase("graph", rows, 512, prefix, **sizes)
-        yield PrefixSiteCase("decode", 64, 512, 128, **sizes)
-        yield PrefixSiteCase("graph", 64, 128, 1024, **sizes)
-        yield PrefixSiteCase("graph", 64, 512, 128, prefixes=8, **sizes)
-    elif step == "prefix-model":
-        for prefix in (128, 512):
-            yield PrefixModelCase("train", 8, 512, prefix, "bf16", size="8b")
-        for rows, prefix in ((16, 128), (64, 128), (64, 512), (64, 1024)):
-            yield PrefixDecodeCase(rows, prefix)
-        yield PrefixDecodeCase(64, 128, prefixes=8)
+def _adapters(count: int) -> str:
+    return f"{count} adapter{'s' * (count > 1)}"
 
 
-def gpu_quant(step: str) -> Iterator[QuantCase]:
-    """Steps of the GPU campaign with quantized bases: dequantizing, single layers, models of four layers."""
-    if step == "quant-dequant":
-        for _, K, N in LLAMA_8B_LAYERS:
-            for dtype in BYTES:
-                yield QuantWeightCase(N, K, dtype)
-    elif step == "quant-linear":
-        for site, K, N in LLAMA_8B_LAYERS:
-            for M in (1, 4, 16, 64):
-                for mode in ("fwd", "graph"):
-                    yield QuantSiteCase(site, K, N, M, mode)
-            for M in (2048, 8192, 16384):
-                yield QuantSiteCase(site, K, N, M)
-                yield QuantSiteCase(site, K, N, M, "train", dropout=0.05)
-        for M in (1, 2048):
-            yield QuantSiteCase("q", 4096, 4096, M, kind="int8")
-        yield QuantSiteCase("q", 4096, 4096, 2048, "train", "int8", dropout=0.05)
-    elif step == "quant-step":
-        for kind in ("nf4", "int8"):
-            yield QuantModelCase("train", 8, 512, kind, dropout=0.05, must=1.0, size="8b")
-            yield QuantModelCase("fwd", 1, 1, kind, prepared=False, size="8b")
-        yield QuantModelCase("fwd", 8, 512, prepared=False, size="8b")
+def _batch(rows: int, tokens: int) -> str:
+    return "one token" if rows == tokens == 1 else f"{rows} x {_tokens(tokens)}"
 
 
-LORA_STEPS = ("ceilings", *(f"forward-{site}" for site, _, _ in LLAMA_8B), "decode", "backward")
-MIXED_STEPS = ("mixed", "mixed-model")
-PREFIX_STEPS = ("prefix-fwd", "prefix-train", "prefix-decode", "prefix-model")
-QUANT_STEPS = ("quant-dequant", "quant-linear", "quant-step")
-GPU_STEPS = (*LORA_STEPS, *MIXED_STEPS, *PREFIX_STEPS, *QUANT_STEPS)
+def _dropout(p: float) -> str:
+    return f", dropout {p}" if p else ""
+
+
+def _prefix(length: int, count: int) -> str:
+    return f", P = {length}" + (f", {count} prefixes" if count > 1 else "")
+
+
+def _whole_blocks(N: int, K: int) -> dict[str, int]:
+    return dict(N=max(32, N // 32), K=max(64, K // 32))

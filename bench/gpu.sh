@@ -1,25 +1,46 @@
 #!/usr/bin/env bash
-# The GPU campaign, one step per call so that each ends within ten minutes: bench/gpu.sh STEP [OUT_DIR]
-# `all` runs the steps one after the other. prefix-check: the tests that need a GPU, before anything of prefixes is timed.
-# Results: OUT_DIR/gpu-STEP.json, default OUT_DIR is $OUT or bench/results. DRY=1 tries a step on the CPU with tiny sizes.
+# The GPU campaign (docs/gpu_campaign.md): OUT=DIR bench/gpu.sh STEP..., each step within ten minutes.
+# Results: OUT/STEP.json, default bench/results/gpu. A step whose result is there is passed over; AGAIN=1 measures it anew.
+# DRY=1 tries steps on the CPU with tiny sizes. PYTHON: default python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-all="ceilings forward-qkv forward-o forward-gate_up forward-down decode backward mixed mixed-model \
-prefix-check prefix-fwd prefix-train prefix-decode prefix-model \
-quant-dequant quant-linear quant-step"
-step=${1:?"step: $all, or all"}
-out=${2:-${OUT:-bench/results}}
+steps="check sanitize tune-configs tune-choices ceilings forward-qkv forward-o forward-gate_up forward-down backward mixed \
+prefix-fwd prefix-train prefix-decode quant-dequant quant-linear train-lora train-prefix train-quant \
+decode-mixed decode-prefix decode-quant"
+[ $# -gt 0 ] || { echo "which steps? $steps, or all, in this order" >&2; exit 2; }
+[ "$*" = all ] && set -- $steps
+for step in "$@"; do
+    case " $steps " in *" $step "*) ;; *) echo "there is no step $step; steps: $steps" >&2; exit 2 ;; esac
+done
+out=${OUT:-bench/results/gpu}
 python=${PYTHON:-python}
-[ "$step" = all ] && steps=$all || steps=$step
+tables=${TABLES:-csrc_triton/tables}
+mkdir -p "$out"
 status=0
-for step in $steps; do
-    if [ "$step" = prefix-check ]; then
-        # without a GPU every one of them is skipped
-        timeout 590 "$python" -m pytest tests -q -m gpu || status=1
-        continue
-    fi
-    # a wrong result fails the step but its file is written all the same, with the reason
-    timeout 590 "$python" -m bench run --gpu "$step" --out "$out/gpu-$step.json" ${DRY:+--dry} || status=1
-    "$python" -m bench report "$out/gpu-$step.json" --plots "$out" || status=1
+for step in "$@"; do
+    echo "== $step"
+    case $step in
+        check) # what only a GPU can show, before anything is timed; without one all of it is skipped
+            timeout 590 "$python" -m pytest tests -q -m gpu 2>&1 | tee "$out/check.log" || status=1 ;;
+        sanitize) # kernels that wait for each other
+            if ! command -v compute-sanitizer > /dev/null; then
+                echo "compute-sanitizer is not installed: not done" | tee "$out/sanitize.log"
+                continue
+            fi
+            for tool in memcheck racecheck; do
+                timeout 290 compute-sanitizer --error-exitcode 9 --tool $tool "$python" -m pytest tests/test_mixed_gpu.py -q \
+                    2>&1 | tee "$out/sanitize-$tool.log" || status=1
+            done ;;
+        tune-*) # goes on where it stopped: repeat it until it says that nothing is left
+            dry=(); [ -z "${DRY:-}" ] || { dry=(--dry); tables="$out/tables"; }
+            timeout 590 "$python" -m bench tune --only "${step#tune-}" --seconds 540 --tables "$tables" "${dry[@]}" || status=1
+            [ "$tables" -ef "$out/tables" ] || cp -r "$tables" "$out/" ;;
+        *)
+            if [ -e "$out/$step.json" ] && [ -z "${AGAIN:-}" ]; then
+                echo "$out/$step.json is there: passed over"
+                continue
+            fi
+            timeout 590 "$python" -m bench run --step "$step" --out "$out" ${DRY:+--dry} || status=1 ;;
+    esac
 done
 exit $status

@@ -2,29 +2,32 @@
 
 import copy
 import importlib
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from .cases import ManageCase
-from .mixed_cases import lora_sites
-from .model_cases import base_model
-from .providers import SCALING
+from .lora_models import base_model, lora_sites_of
+from .lora_sites import SCALING
+from .subject import Call, Subject
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("peft", "peft_fast")
-OPERATIONS = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
 _NAME, _RANK = "this one", 8
 
 
 def copy_adapter(model: Any, name: str, new: str) -> None:
     """Give a model of peft's one more adapter, frozen and inactive, as its add_adapter would leave it."""
     model.peft_config[new] = copy.copy(model.peft_config[name])
-    for _, layer in lora_sites(model):
+    for _, layer in lora_sites_of(model):
         for found in [*vars(layer).values(), *layer.children()]:
             if isinstance(found, dict | nn.ModuleDict) and name in found:
                 found[new] = copy.deepcopy(found[name])
@@ -35,10 +38,12 @@ def copy_adapter(model: Any, name: str, new: str) -> None:
 class Managed:
     """A Llama of many small layers under both libraries, each with as many adapters as a case wants before its own."""
 
-    def __init__(self, folder: Path, small: bool = False) -> None:
+    def __init__(self, small: bool = False) -> None:
         base = base_model(64, 2 if small else 32)
-        self.base, self.folder = base.eval(), folder
-        self.count = 1
+        self.base, self.count = base.eval(), 1
+        self._kept = tempfile.TemporaryDirectory()
+        self.folder = Path(self._kept.name)
+        self._known: dict[int, tuple[dict[str, dict[str, str]], dict[str, list[dict[str, float]]]]] = {}
         self.models: dict[str, Any] = {}
         self.configs: dict[str, Any] = {}
         for which in NAMES:
@@ -57,7 +62,7 @@ class Managed:
         generator = torch.Generator().manual_seed(1)
         self.saved = {}
         with torch.no_grad():
-            for site, layer in lora_sites(model):
+            for site, layer in lora_sites_of(model):
                 for part in ("lora_A", "lora_B"):
                     weight = getattr(layer, part)[_NAME].weight
                     weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
@@ -67,10 +72,25 @@ class Managed:
 
     def bring(self, case: ManageCase) -> None:
         """Have all adapters but the case's own. peft's are copied: a hundred calls of its add_adapter take minutes."""
-        while self.count < case.nth - 1:
+        while self.count < case.nth - 1:  # never fewer: cases come in the order of ``nth``
             copy_adapter(self.models["peft"], "a0", f"a{self.count}")
             self.models["peft_fast"].add_adapter(f"a{self.count}", self.configs["peft_fast"])
             self.count += 1
+
+    def results(self, case: ManageCase) -> tuple[dict[str, dict[str, str]], dict[str, list[dict[str, float]]]]:
+        """(what is wrong, the rounds) by library, for all operations as number ``nth``: measured once.
+
+        The order of the libraries alternates from round to round.
+        """
+        if case.nth not in self._known:
+            self.bring(case)
+            wrong = {name: self.wrong(name) for name in NAMES}
+            rounds: dict[str, list[dict[str, float]]] = {name: [] for name in NAMES}
+            for done in range(case.rounds):
+                for name in NAMES[:: 1 if done % 2 == 0 else -1]:
+                    rounds[name].append(self.round(name))
+            self._known[case.nth] = wrong, rounds
+        return self._known[case.nth]
 
     def round(self, which: str, clock: Callable[[], float] = time.process_time) -> dict[str, float]:
         """Seconds of each operation; afterwards all is as before. Every adapter goes inactive, as it came."""
@@ -94,7 +114,7 @@ class Managed:
     def wrong(self, which: str) -> dict[str, str]:
         """What an operation left that is not as it should be, in words; nothing where all is right."""
         model, found = self.models[which], {}
-        layers = list(lora_sites(model))
+        layers = list(lora_sites_of(model))
         before = set(model.peft_config)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,3 +135,33 @@ class Managed:
                         found["load_adapter"] = f"has other weights than the file in {part} of {site}"
             model.delete_adapter(_NAME)
         return found
+
+
+class Management(Subject):
+    """A ``ManageCase``. A round is all operations in turn, of which the case's own is looked at."""
+
+    group = "management"
+    base = ""
+    rivals = ("peft",)
+
+    def __init__(self, case: ManageCase, session: "Session") -> None:
+        super().__init__(case, session)
+        managed = session.shared("managed", lambda: Managed(small=session.tiny_models))
+        self._wrong, self._rounds = managed.results(case)
+
+    @classmethod
+    def providers(cls, case: ManageCase, device: torch.device) -> Sequence[str]:
+        return NAMES
+
+    def error(self, name: str) -> tuple[float, float]:
+        return (float("inf"), float("inf")) if self.case.operation in self._wrong[name] else (0.0, 0.0)
+
+    def runner(self, name: str) -> Call:
+        return lambda i: None
+
+    def facts(self, name: str) -> dict[str, Any]:
+        why = self._wrong[name].get(self.case.operation)
+        return {} if why is None else {"why": why}
+
+    def timed(self, functions: dict[str, Call], seconds: float) -> dict[str, list[float]]:
+        return {name: [times[self.case.operation] for times in self._rounds[name]] for name in functions}

@@ -78,7 +78,10 @@ def ratio(samples: dict[str, list[float]], name: str, to: str) -> dict[str, floa
 
 
 def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
-    """bytes/s of a copy, flop/s of a square product per dtype, as torch gets them here and now, on random data."""
+    """bytes/s of a copy, flop/s of a square product per dtype, as torch gets them here and now, on random data.
+
+    "call": seconds of a tiny product, which is what it costs to call one.
+    """
     cuda = device.type == "cuda"
     size = 64 if tiny else 8192 if cuda else 1024
     source = torch.randn(1 << (12 if tiny else 28 if cuda else 25), device=device)
@@ -87,6 +90,8 @@ def ceilings(device: torch.device, tiny: bool = False) -> dict[str, float]:
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         x, y = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         found[name] = 2 * size**3 / _best(lambda i, x=x, y=y: x @ y, device)
+    small = torch.randn(16, 16, device=device)
+    found["call"] = min(sample(lambda i: small @ small, 1000, device) for _ in range(5))
     return found
 
 
@@ -96,17 +101,24 @@ def _best(function: Callable[[int], Any], device: torch.device) -> float:
 
 
 def graphed(function: Callable[[int], Any], calls: int) -> Callable[[int], Any]:
-    """``calls`` calls captured in one CUDA graph; a call of the result replays all of them."""
+    """``calls`` calls captured in one CUDA graph; a call of the result replays them and returns what the last gives."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for i in range(3):
             function(i)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
+    result: list[Any] = []
     with torch.cuda.graph(graph):
         for i in range(calls):
-            function(i)
-    return lambda i: graph.replay()
+            result[:] = [function(i)]
+
+    def replay(i: int) -> Any:
+        graph.replay()
+        return result[0]
+
+    return replay
 
 
 def error_over_budget(
@@ -183,14 +195,15 @@ def saved_bytes(function: Callable[[], Any], but: Sequence[Tensor]) -> int:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" if it has changes."""
+    """The checkout's commit, with "+" if the library has changes that are not in it."""
     here = Path(__file__).parent
     try:
         name = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=True
         )
-        dirty = subprocess.run(["git", "status", "--porcelain", "--", "../peft_fast", "../csrc_triton"], cwd=here,
-                               capture_output=True, text=True, check=True)  # fmt: skip
+        paths = ["../peft_fast", "../csrc_triton", ":!../csrc_triton/tables"]  # which a tuner is just filling
+        dirty = subprocess.run(["git", "status", "--porcelain", "--", *paths], cwd=here, capture_output=True,
+                               text=True, check=True)  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return name.stdout.strip() + ("+" if dirty.stdout.strip() else "")

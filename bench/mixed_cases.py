@@ -2,16 +2,20 @@
 
 import copy
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .cases import MIXED_RANKS, MixedCase
-from .model_cases import base_model
-from .providers import DTYPES, SCALING
+from .lora_models import base_model, lora_sites_of, planned, products
+from .lora_sites import DTYPES, SCALING
+from .subject import Compared, Subject, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("base", "peft", "peft_fast", "peft_fast ids")
 
@@ -19,13 +23,6 @@ NAMES = ("base", "peft", "peft_fast", "peft_fast ids")
 def providers(case: MixedCase) -> tuple[str, ...]:
     """Who takes part: where a call takes a second, ids instead of names make no difference that could be seen."""
     return NAMES if case.tokens == 1 else NAMES[:3]
-
-
-def lora_sites(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name in the base model, layer) of each layer that has adapters, in either library."""
-    for name, module in model.named_modules():
-        if isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
-            yield name.removeprefix("base_model.model."), module
 
 
 class Loaded:
@@ -63,9 +60,9 @@ class Loaded:
             else:
                 self.models[which].add_adapter(name, config, autocast_adapter_dtype=autocast)
         generator = torch.Generator().manual_seed(self.count)
-        ours = dict(lora_sites(self.models["peft_fast"]))
+        ours = dict(lora_sites_of(self.models["peft_fast"]))
         with torch.no_grad():
-            for site, layer in lora_sites(self.models["peft"]):
+            for site, layer in lora_sites_of(self.models["peft"]):
                 for part in ("lora_A", "lora_B"):
                     weight = getattr(layer, part)[name].weight
                     weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
@@ -100,25 +97,25 @@ class Loaded:
             rows: dict[str, list[int]] = {}
             for row, name in enumerate(case.names):
                 rows.setdefault(name, []).append(row)
-            for site, layer in lora_sites(self.models["peft"]):
+            for site, layer in lora_sites_of(self.models["peft"]):
                 model.get_submodule(site).register_forward_hook(partial(add_updates, layer, rows))
         with torch.no_grad():
             logits: Tensor = model(input_ids=token_ids(case)).logits
         return logits
 
-    def work(self, case: MixedCase, lora: bool) -> dict[str, float]:
-        """Products with weights only, and the weights in use, as in ``bench_lora.model_work``."""
-        weights = [w for name, w in self.models["base"].named_parameters() if "embed" not in name and w.ndim == 2]
+    def work(self, case: MixedCase, lora: bool) -> Work:
+        """Products with weights only, and the weights in use, as in ``lora_models``."""
+        weights = products(self.models["base"])
         flops = sum(2.0 * w.numel() for w in weights) * case.rows * case.tokens
         moved = sum(float(w.nbytes) for w in weights)
         if lora:
-            for _, layer in lora_sites(self.models["peft"]):
+            for _, layer in lora_sites_of(self.models["peft"]):
                 for name in case.names:
                     parts = [getattr(layer, part)[name].weight for part in ("lora_A", "lora_B")]
                     flops += sum(2.0 * w.numel() for w in parts) * case.tokens
                 for name in set(case.names):
                     moved += sum(getattr(layer, part)[name].weight.nbytes for part in ("lora_A", "lora_B"))
-        return {"flops": flops, "bytes": moved}
+        return Work(flops, moved, case.dtype)
 
 
 def add_updates(layer: Any, rows: dict[str, list[int]], module: nn.Module, args: tuple[Tensor], y: Tensor) -> Tensor:
@@ -138,3 +135,48 @@ def token_ids(case: MixedCase) -> Tensor:
 def by_row(logits: Tensor) -> list[Tensor]:
     """What is compared: each row on its own, so that one with another's adapter is not lost among the others."""
     return list(logits)
+
+
+class MixedBatch(Subject):
+    """A ``MixedCase``. Every row is compared on its own, of the very call that is timed."""
+
+    group = "mixed batch"
+    norm = 2
+    rivals = ("peft",)
+
+    def __init__(self, case: MixedCase, session: "Session") -> None:
+        super().__init__(case, session)
+        few = case.tokens == 1
+        self.seconds, self.min_rounds = (4.0, 11) if few else (8.0, 5)
+        self.loaded = session.shared("loaded", lambda: Loaded(small=session.tiny_models))
+        self.loaded.bring(case)
+        self.runners = {name: self.loaded.runner(case, name) for name in providers(case)}
+        self._out = {name: by_row(function(0)) for name, function in self.runners.items()}
+        self._exact = {lora: by_row(self.loaded.exact(case, lora)) for lora in (False, True)}
+
+    @classmethod
+    def providers(cls, case: MixedCase, device: torch.device) -> Sequence[str]:
+        return providers(case)
+
+    def compared(self, name: str) -> Compared:
+        lora = name != "base"  # peft's arithmetic in this dtype stands for plain torch
+        return Compared(self._out[name], self._out["peft" if lora else "base"], self._exact[lora])
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return self.runners[name]
+
+    def work(self, name: str) -> Work:
+        return self.loaded.work(self.case, name != "base")
+
+    def tokens(self) -> int:
+        return int(self.case.rows * self.case.tokens)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        ranks = [MIXED_RANKS[i % len(MIXED_RANKS)] for i in range(self.case.distinct)]
+        adapters = {"adapters": self.case.loaded, "used": self.case.distinct, "rank": round(sum(ranks) / len(ranks))}
+        workload = {"batch": self.case.rows, "tokens": self.case.tokens}
+        config = self.loaded.models["base"].config
+        return {"loaded": self.case.loaded, **planned(config, name, workload, adapters)}
+
+    def close(self) -> None:
+        self.loaded.release(self.case)

@@ -6,21 +6,25 @@ place again. The base's weights and the adapters are one set of tensors that all
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .cases import MIXED_RANKS, MixedDecodeCase
+from .lora_models import llama_8b, lora_sites_of
+from .lora_sites import SCALING
 from .manage_cases import copy_adapter
-from .mixed_cases import add_updates, lora_sites
-from .model_cases import llama_8b
-from .providers import SCALING
+from .mixed_cases import add_updates
+from .subject import Compared, Subject
+
+if TYPE_CHECKING:
+    from .session import Session
 
 CONTEXT = 128
-NAMES = ("base", "base graph", "peft", "peft_fast", "peft_fast ids", "peft_fast ids graph")
+NAMES = ("base", "peft", "peft_fast", "peft_fast ids")
 
 
 class Decoder:
@@ -32,11 +36,6 @@ class Decoder:
         self.config = self.base.config
         self.layers = self.config.num_hidden_layers
         self.models: dict[str, Any] = {"base": self.base}
-
-    @property
-    def providers(self) -> list[str]:
-        """Graphs on a GPU only."""
-        return [name for name in NAMES if self.device.type == "cuda" or not name.endswith("graph")]
 
     def bring(self, case: MixedDecodeCase) -> None:
         """Have ``case.loaded`` adapters; peft's are copies of its first, since its add_adapter takes ever longer."""
@@ -57,8 +56,8 @@ class Decoder:
                     copy_adapter(self.models[which], "a0", name)
                 else:
                     self.models[which].add_adapter(name, config, **meta)
-            ours = dict(lora_sites(self.models["peft_fast"]))
-            for site, layer in lora_sites(self.models["peft"]):
+            ours = dict(lora_sites_of(self.models["peft_fast"]))
+            for site, layer in lora_sites_of(self.models["peft"]):
                 N, K = layer.base_layer.weight.shape
                 for part, shape in (("lora_A", (rank, K)), ("lora_B", (N, rank))):
                     weight = torch.randn(*shape, generator=generator, device=self.device) * 0.02
@@ -75,22 +74,19 @@ class Decoder:
             given["adapter_ids"] = self.models[which].adapter_slots(case.names)
         elif which != "base":
             given["adapter_names"] = case.names
-        step = static_step(self.models[which], case.rows, given, torch.bfloat16)
-        return captured(step) if provider.endswith("graph") else step
+        return static_step(self.models[which], case.rows, given, torch.bfloat16)
 
     def release(self, case: MixedDecodeCase) -> None:
-        """Give back the slot ids that the runners took."""
+        """Give back the slot ids that a runner took."""
         bank = self.models["peft_fast"].adapter_bank
-        for provider in self.providers:
-            if "ids" in provider:
-                self.models["peft_fast"].release_slots([bank.slot_of(name) for name in case.names])
+        self.models["peft_fast"].release_slots([bank.slot_of(name) for name in case.names])
 
     def exact(self, case: MixedDecodeCase, lora: bool) -> Tensor:
         """Logits in fp64 by the formula; one decoder layer at a time is in fp64, for all would not fit."""
         rows: dict[str, list[int]] = {}
         for row, name in enumerate(case.names):
             rows.setdefault(name, []).append(row)
-        sites = dict(lora_sites(self.models["peft"])) if lora else {}
+        sites = dict(lora_sites_of(self.models["peft"])) if lora else {}
         return static_step(in_double(self.base, sites, rows), case.rows, {}, torch.float64)(0)
 
 
@@ -160,19 +156,43 @@ class _InDouble(nn.Module):
         return layer(*args, **kwargs)
 
 
-def captured(step: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
-    """A CUDA graph of a step; a call replays it and returns the tensor that it writes to."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            step(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step(0)
+class MixedStep(Subject):
+    """A ``MixedDecodeCase``."""
 
-    def replay(i: int) -> Tensor:
-        graph.replay()
-        return logits
+    group = "decode step"
+    norm = 2
+    rivals = ("peft",)
+    seconds = 6.0
+    min_rounds = 5
 
-    return replay
+    def __init__(self, case: MixedDecodeCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.decoder = session.shared("decoder", lambda: Decoder(session.device, tiny=session.tiny_models))
+        self.decoder.bring(case)
+        self.runners = {name: self.decoder.runner(name, case) for name in NAMES}
+        self._out = {name: list(step(0).clone()) for name, step in self.runners.items()}
+        self._exact = {lora: list(self.decoder.exact(case, lora)) for lora in (False, True)}
+
+    @classmethod
+    def providers(cls, case: MixedDecodeCase, device: torch.device) -> Sequence[str]:
+        return NAMES
+
+    def compared(self, name: str) -> Compared:
+        lora = name != "base"
+        return Compared(self._out[name], self._out["peft" if lora else "base"], self._exact[lora])
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return self.runners[name]
+
+    def capturable(self, name: str) -> int:
+        """Names are looked up on the host."""
+        return int(name in ("base", "peft_fast ids"))
+
+    def tokens(self) -> int:
+        return int(self.case.rows)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return {"layers": self.decoder.layers}
+
+    def close(self) -> None:
+        self.decoder.release(self.case)

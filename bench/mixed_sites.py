@@ -1,16 +1,20 @@
-"""Mixed batches at one linear site, for the GPU campaign: the base, plain torch, peft's layer, each of our kernels."""
+"""Mixed batches at one linear layer: the base, plain torch, peft's layer, peft_fast, on a GPU each of its kernels."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cases import MixedOpCase
-from .providers import SCALING
+from .lora_sites import SCALING
+from .subject import Compared, Subject, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("base", "plain torch", "peft", "peft_fast", *(f"peft_fast:{n}" for n in ("grouped", "one_launch", "split")))
 
@@ -59,12 +63,11 @@ def _aligned(b: Tensor) -> Tensor:
 
 
 def providers(case: MixedOpCase, device: torch.device) -> list[str]:
-    """Who takes part: loops over adapters on the host cannot be captured; kernels run on a GPU only."""
+    """Who takes part: kernels run on a GPU only."""
     from peft_fast.ops.choice import MIXED_ONE_LAUNCH_MAX_M
 
     on_gpu = device.type == "cuda"
-    left_out = {"plain torch", "peft"} if case.mode == "graph" else set()
-    left_out |= set() if on_gpu else {name for name in NAMES if ":" in name}
+    left_out = set() if on_gpu else {name for name in NAMES if ":" in name}
     left_out |= {"peft_fast:one_launch"} if case.M > MIXED_ONE_LAUNCH_MAX_M else set()
     return [name for name in NAMES if name not in left_out]
 
@@ -150,3 +153,37 @@ def _peft_layer(case: MixedOpCase, weights: MixedWeights) -> Any:
         layer.lora_A[f"a{slot}"].weight = nn.Parameter(a, requires_grad=False)
         layer.lora_B[f"a{slot}"].weight = nn.Parameter(b, requires_grad=False)
     return layer.eval()
+
+
+class MixedLayer(Subject):
+    """A ``MixedOpCase``."""
+
+    group = "mixed batch, one layer"
+    rivals = ("plain torch", "peft")
+
+    def __init__(self, case: MixedOpCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.site = make_site(case, session.device, session.cache_bytes)
+        self.plain = plain(self.site)
+
+    @classmethod
+    def providers(cls, case: MixedOpCase, device: torch.device) -> Sequence[str]:
+        return providers(case, device)
+
+    def compared(self, name: str) -> Compared:
+        lora = name != "base"
+        out = runner(name, self.site)(0)
+        return Compared([out], [self.plain if lora else out], [exact(self.site, lora)])
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return runner(name, self.site)
+
+    def work(self, name: str) -> Work:
+        return Work(self.case.flops(name != "base"), self.case.bytes(name != "base"), "bf16")
+
+    def capturable(self, name: str) -> int:
+        """Loops over adapters on the host cannot be captured."""
+        return 0 if name in ("plain torch", "peft") else max(4, len(self.site.copies))
+
+    def tokens(self) -> int:
+        return int(self.case.M)

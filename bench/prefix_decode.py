@@ -2,21 +2,23 @@
 
 As ``mixed_decode``: ``CONTEXT`` tokens of random keys and values behind every row, the same place computed again by
 each call, one set of weights. Eagerly all have a dynamic cache, as generate has by default; peft's has the prefix of
-each row in it. In graphs there is a static cache, which peft cannot fill.
+each row in it. What is captured in a graph has a static cache, which peft cannot fill.
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cases import PrefixDecodeCase
-from .mixed_decode import CONTEXT, captured, in_double, next_ids, past_of, static_step
-from .model_cases import llama_8b
-from .prefix_models import with_prefixes
+from .lora_models import llama_8b
+from .mixed_decode import CONTEXT, in_double, next_ids, past_of, static_step
+from .prefix_models import NAMES, with_prefixes
+from .subject import Compared, Subject
 
-NAMES = ("base", "base graph", "peft", "peft_fast", "peft_fast graph")
+if TYPE_CHECKING:
+    from .session import Session
 
 
 class PrefixDecoder:
@@ -28,12 +30,6 @@ class PrefixDecoder:
         self.config = self.base.config
         self.layers = self.config.num_hidden_layers
         self.models: dict[str, Any] = {"base": self.base}
-
-    def providers(self, case: PrefixDecodeCase) -> list[str]:
-        """Graphs on a GPU only, and of one prefix: names of adapters are looked up on the host."""
-        graphs = self.device.type == "cuda"
-        names = [name for name in NAMES if graphs or not name.endswith("graph")]
-        return [name for name in names if name != "peft_fast graph" or case.prefixes == 1]
 
     def bring(self, case: PrefixDecodeCase) -> None:
         """Have the prefixes of a case: random, as large as keys and values are."""
@@ -50,11 +46,15 @@ class PrefixDecoder:
 
     def runner(self, provider: str, case: PrefixDecodeCase) -> Callable[[int], Tensor]:
         """The function to time: logits (rows, vocabulary) of the next token."""
-        model = self.models["peft_fast" if provider.startswith("peft_fast") else "base"]
         given = {"adapter_names": case.names} if provider == "peft_fast" and case.prefixes > 1 else {}
-        if provider.endswith("graph"):
-            return captured(static_step(model, case.rows, given, torch.bfloat16))
-        return self._dynamic_step(model, case, given, torch.bfloat16, filled=provider == "peft")
+        return self._dynamic_step(self._model(provider), case, given, torch.bfloat16, filled=provider == "peft")
+
+    def static(self, provider: str, case: PrefixDecodeCase) -> Callable[[int], Tensor]:
+        """The same step on a static cache, of the active prefix."""
+        return static_step(self._model(provider), case.rows, {}, torch.bfloat16)
+
+    def _model(self, provider: str) -> Any:
+        return self.models["peft_fast" if provider == "peft_fast" else "base"]
 
     def exact(self, case: PrefixDecodeCase, prefix: bool) -> Tensor:
         """Logits in fp64, the prefix in the cache, without either library."""
@@ -87,3 +87,53 @@ class PrefixDecoder:
         """Keys and values (2, rows, heads, slots, size) of a layer's prefixes."""
         of_row = [self.tables[i % case.prefixes][:, 2 * layer : 2 * layer + 2] for i in range(case.rows)]
         return torch.stack(of_row).permute(2, 0, 3, 1, 4).to(dtype)
+
+
+class PrefixStep(Subject):
+    """A ``PrefixDecodeCase``. Of those that are captured, the step on a static cache is compared with fp64 too."""
+
+    group = "decode step"
+    norm = 2
+    rivals = ("peft",)
+    seconds = 6.0
+    min_rounds = 5
+
+    def __init__(self, case: PrefixDecodeCase, session: "Session") -> None:
+        super().__init__(case, session)
+        tiny = session.tiny_models
+        self.decoder = session.shared("prefix decoder", lambda: PrefixDecoder(session.device, tiny))
+        self.decoder.bring(case)
+        self.steps = {name: self.decoder.runner(name, case) for name in NAMES}
+        self._out = {name: list(step(0).clone()) for name, step in self.steps.items()}
+        self._exact = {prefix: list(self.decoder.exact(case, prefix)) for prefix in (False, True)}
+
+    @classmethod
+    def providers(cls, case: PrefixDecodeCase, device: torch.device) -> Sequence[str]:
+        return NAMES
+
+    def compared(self, name: str) -> Compared:
+        """Row by row, so that one with another's prefix is not lost among the others."""
+        prefix = name != "base"
+        out, same, exact = self._out[name], self._out["peft" if prefix else "base"], self._exact[prefix]
+        if not self.capturable(name):
+            return Compared(out, same, exact)
+        return Compared([*out, *self.captured_runner(name)(0)], [*same, *same], [*exact, *exact])
+
+    def checked(self) -> None:
+        self._out, self._exact = {}, {}
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return self.steps[name]
+
+    def capturable(self, name: str) -> int:
+        """Of several prefixes, the names are looked up on the host."""
+        return int(name == "base" or (name == "peft_fast" and self.case.prefixes == 1))
+
+    def captured_runner(self, name: str) -> Callable[[int], Any]:
+        return self.decoder.static(name, self.case)
+
+    def tokens(self) -> int:
+        return int(self.case.rows)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return {"layers": self.decoder.layers}

@@ -2,15 +2,20 @@
 
 import copy
 import importlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .cases import PrefixModelCase, PrefixPromptCase
-from .model_cases import base_model, llama_8b
-from .providers import DTYPES
+from .generate_models import Generated, generated, random_ids, up_to_another_choice
+from .lora_models import base_model, llama_8b, products
+from .lora_sites import DTYPES
+from .subject import Compared, Subject, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("base", "peft", "peft_fast")
 PROMPT_NAMES = ("peft", "peft_fast", "peft_fast get_prompt")
@@ -38,30 +43,40 @@ def same_prefixes(models: dict[str, Any]) -> None:
             ours[name].copy_(weight)
 
 
-class PrefixModels:
-    """The models of a case. tiny: small ones, to see whether everything works."""
+class PrefixModel(Subject):
+    """A ``PrefixModelCase``. Truth is peft's model in fp64; its own error in the case's dtype sets the budget."""
 
-    def __init__(self, case: PrefixModelCase, device: torch.device, tiny: bool = False) -> None:
-        self.case, self.device = case, device
+    norm = 2
+    rivals = ("peft",)
+    seconds = 12.0
+
+    def __init__(self, case: PrefixModelCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.memory = case.mode == "train"
+        self.group = "training step" if self.memory else "generation"
+        tiny = session.tiny_models
         if case.size == "8b":
-            base = llama_8b(device, layers=4, tiny=tiny)
+            base = llama_8b(session.device, layers=4, tiny=tiny)
         else:
             base = base_model(128, 2, 2) if tiny else base_model(512, 4, 2)
-            base = base.to(DTYPES[case.dtype])
+            base = base.to(session.device, DTYPES[case.dtype])
         base.generation_config.eos_token_id = None  # as many tokens as were asked for
         self.models: dict[str, Any] = {"base": base}
         for library in NAMES[1:]:
             self.models[library] = with_prefixes(library, base, case.prefix, case.prefixes)
         same_prefixes(self.models)
         for model in self.models.values():
-            model.train(case.mode == "train")
+            model.train(self.memory)
+        self._known: dict[str, Any] = {}
+
+    @classmethod
+    def providers(cls, case: PrefixModelCase, device: torch.device) -> Sequence[str]:
+        return NAMES
 
     def inputs(self) -> dict[str, Tensor]:
         """Random tokens with their mask, as a tokenizer gives it."""
         rows, tokens = self.case.rows, self.case.tokens
-        generator = torch.Generator().manual_seed(2)
-        vocabulary = self.models["base"].config.vocab_size
-        ids = torch.randint(1, vocabulary, (rows, tokens), generator=generator)
+        ids = random_ids(self.models["base"], rows, tokens)
         mask = torch.ones_like(ids)
         if self.case.padded:
             absent = torch.arange(rows) * (tokens // 2) // max(rows - 1, 1)
@@ -69,13 +84,12 @@ class PrefixModels:
         return {"input_ids": (ids * mask).to(self.device), "attention_mask": mask.to(self.device)}
 
     def runner(self, name: str) -> Callable[[int], Any]:
-        """The function to time."""
         if self.case.mode == "train":
             return self._step(name)
         model = self.models[name]
         return lambda i: self.generate(name, model)
 
-    def loss(self, name: str, model: Any) -> tuple[Any, list[Tensor]]:
+    def called(self, name: str, model: Any) -> tuple[Any, list[Tensor]]:
         """(the model's output, what its loss is differentiated by): the prefix; of the base, its embedded input."""
         given = self.inputs()
         labels = given["input_ids"]
@@ -90,7 +104,7 @@ class PrefixModels:
         optimizer = torch.optim.AdamW(weights, lr=1e-5) if weights else None
 
         def step(i: int) -> None:
-            output, _ = self.loss(name, model)
+            output, _ = self.called(name, model)
             output.loss.backward()
             if optimizer is not None:
                 optimizer.step()
@@ -115,53 +129,81 @@ class PrefixModels:
             outs.append(model.generate(**rows))
         return outs
 
-    def generated(self, name: str, model: Any) -> tuple[Tensor, Tensor]:
-        """Logits (rows, new, vocabulary) of every step, and tokens (rows, new)."""
+    def generated(self, name: str, model: Any) -> Generated:
+        """What is compared of generated text; peft's, with several prefixes, put together again."""
         outs = self.generate(name, model, output_logits=True, return_dict_in_generate=True)
-        outs = outs if isinstance(outs, list) else [outs]
-        n, new = len(outs), self.case.new
-        tokens = torch.empty(self.case.rows, new, dtype=torch.long, device=self.device)
-        logits: list[Any] = [None] * self.case.rows
-        for i, out in enumerate(outs):
-            tokens[i::n] = out.sequences[:, -new:]
-            logits[i::n] = torch.stack(out.logits, dim=1).unbind(0)
-        return torch.stack(logits), tokens
+        if not isinstance(outs, list):
+            return generated(outs, self.case.new)
+        parts = [generated(out, self.case.new) for out in outs]
+        tensors = []
+        for several in zip(*parts, strict=True):
+            whole = several[0].new_empty(self.case.rows, *several[0].shape[1:])
+            for i, part in enumerate(several):
+                whole[i :: len(parts)] = part
+            tensors.append(whole)
+        return Generated(*tensors)
 
-    def checked(self, name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """(what the model gives, what peft gives in its dtype, fp64): logits, and in training all gradients.
-
-        Of generated text the steps before which all three chose the same tokens: a wrong one shows in the first of its
-        logits that is wrong, and what follows another choice, where two tokens are as likely, says nothing.
-        """
-        like = "base" if name == "base" else "peft"
-        models = (self.models[name], self.models[like], copy.deepcopy(self.models[like]).double())
-        names = (name, like, like)
+    def outputs(self, name: str, model: Any) -> Any:
+        """Logits and in training all gradients, or what was generated."""
         if self.case.mode == "train":
-            out, same, exact = (_with_gradients(*self.loss(n, model)) for n, model in zip(names, models, strict=True))
-            return out, same, exact
-        found = [self.generated(n, model) for n, model in zip(names, models, strict=True)]
-        tokens = torch.stack([t for _, t in found])
-        equal = (tokens == tokens[:1]).all(0).long().cumprod(1)
-        steps = [min(int(n) + 1, self.case.new) for n in equal.sum(1)]
-        out, same, exact = ([row[:n] for row, n in zip(logits, steps, strict=True)] for logits, _ in found)
-        return out, same, exact
+            return _with_gradients(*self.called(name, model))
+        return self.generated(name, model)
+
+    def compared(self, name: str) -> Compared:
+        like = "base" if name == "base" else "peft"
+        if like not in self._known:
+            double = copy.deepcopy(self.models[like]).double()
+            self._known[like] = self.outputs(like, self.models[like]), self.outputs(like, double)
+        same, exact = self._known[like]
+        out = same if name == like else self.outputs(name, self.models[name])
+        if self.case.mode == "train":
+            return Compared(out, same, exact)
+        return up_to_another_choice(out, same, exact)
+
+    def checked(self) -> None:
+        self._known.clear()
+
+    def work(self, name: str) -> Work | None:
+        """Products with weights only, and only those of training: nothing is learned but the prefix."""
+        if self.case.mode != "train":
+            return None
+        weights = products(self.models["base"])
+        flops = sum(2.0 * w.numel() for w in weights) * 2 * self.tokens()
+        return Work(flops, sum(float(w.nbytes) for w in weights) * 2, self.case.dtype)
+
+    def loss(self, name: str) -> tuple[Callable[[], Any], Sequence[Tensor]] | None:
+        if self.case.mode != "train":
+            return None
+        model = self.models[name]
+        return lambda: self.called(name, model)[0].loss, list(model.parameters())
+
+    def tokens(self) -> int:
+        return int(self.case.rows * (self.case.tokens if self.case.mode == "train" else self.case.new))
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return {"size": self.case.size}
 
 
 def _with_gradients(output: Any, wanted: list[Tensor]) -> list[Tensor]:
     return [output.logits.detach(), *torch.autograd.grad(output.loss, wanted)]
 
 
-class PrefixPrompt:
-    """An encoder with a projection under both libraries: what a call of the model makes of it for all layers.
+class Prompt(Subject):
+    """A ``PrefixPromptCase``: an encoder with a projection; what a call of the model makes of it for all layers.
 
     peft expands the tokens over the rows, projects, and fills a cache; peft_fast's attention reads the projection of
-    the tokens. "peft_fast get_prompt" is its method of PEFT's name, which fills a cache all the same.
+    the tokens. "peft_fast get_prompt" is its method of PEFT's name, which fills a cache all the same. There is none
+    without a prefix.
     """
 
-    def __init__(self, case: PrefixPromptCase, tiny: bool = False) -> None:
-        self.case = case
-        base = base_model(128, 2, 2) if tiny else base_model(512, 4, 2)
-        sizes: Any = base.config
+    group = "prompt"
+    base = ""
+    rivals = ("peft",)
+
+    def __init__(self, case: PrefixPromptCase, session: "Session") -> None:
+        super().__init__(case, session)
+        base: Any = base_model(128, 2, 2) if session.tiny_models else base_model(512, 4, 2)
+        base, sizes = base.to(session.device), base.config
         self.layers: int = sizes.num_hidden_layers
         self.models = {
             library: with_prefixes(library, base, case.prefix, prefix_projection=True) for library in NAMES[1:]
@@ -169,8 +211,16 @@ class PrefixPrompt:
         same_prefixes(self.models)
         generator = torch.Generator().manual_seed(2)
         shape = (2 * self.layers, case.rows, sizes.num_key_value_heads, case.prefix, sizes.head_dim)
-        self.douts = torch.randn(shape, generator=generator)
+        self.douts = torch.randn(shape, generator=generator).to(session.device)
         self.shared_douts = self.douts.sum(1).transpose(1, 2).contiguous()  # what attention gives back for all rows
+        self._plain, self._exact = self.outputs("peft"), self.exact()
+
+    @classmethod
+    def providers(cls, case: PrefixPromptCase, device: torch.device) -> Sequence[str]:
+        return PROMPT_NAMES
+
+    def compared(self, name: str) -> Compared:
+        return Compared(self.outputs(name), self._plain, self._exact)
 
     def made(self, name: str) -> list[Tensor]:
         """Keys and values of each layer: (rows, heads, slots, size), or (slots, heads, size) for all rows."""

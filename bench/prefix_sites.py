@@ -6,19 +6,22 @@ key and value to a dynamic cache first, as transformers does; peft's cache has t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .cases import PrefixSiteCase
-from .providers import DTYPES
+from .lora_sites import DTYPES
+from .subject import Compared, Subject, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("base", "peft", "concatenated", "two calls", "flex", "peft_fast")
-RIVALS = NAMES[1:-1]
 _aten = torch.ops.aten
 
 
@@ -264,12 +267,6 @@ PROVIDERS: dict[str, Attention] = dict(
 )
 
 
-def providers(case: PrefixSiteCase, device: torch.device) -> list[str]:
-    """Who takes part: peft with one prefix, FlexAttention on a GPU."""
-    left_out = {"peft" if case.prefixes > 1 else "concatenated", "" if device.type == "cuda" else "flex"}
-    return [name for name in NAMES if name not in left_out]
-
-
 def outputs(attention: Attention, case: PrefixSiteCase, t: PrefixTensors, prefix: bool = True) -> list[Tensor]:
     """out, and in training the gradients of q, k, v and the prefix's keys and values."""
     if case.mode != "train":
@@ -306,3 +303,47 @@ def runner(provider: str, site: PrefixSite) -> Callable[[int], Any]:
         return torch.autograd.grad(attention(case, t), wanted[i % count], t.dout)
 
     return step
+
+
+class PrefixAttention(Subject):
+    """A ``PrefixSiteCase``. peft takes part with one prefix, FlexAttention on a GPU."""
+
+    group = "attention"
+    rivals = ("peft", "concatenated", "two calls", "flex")
+
+    def __init__(self, case: PrefixSiteCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.memory = case.mode == "train"
+        self.site = make_site(case, session.device, session.cache_bytes)
+        self._plain = outputs(_concatenated, case, self.site.copies[0])
+        self._exact = {prefix: exact(self.site, prefix) for prefix in (False, True)}
+
+    @classmethod
+    def providers(cls, case: PrefixSiteCase, device: torch.device) -> Sequence[str]:
+        left_out = {"peft" if case.prefixes > 1 else "concatenated", "" if device.type == "cuda" else "flex"}
+        return [name for name in NAMES if name not in left_out]
+
+    def compared(self, name: str) -> Compared:
+        prefix = name != "base"
+        out = outputs(PROVIDERS[name], self.case, self.site.copies[0], prefix)
+        return Compared(out, self._plain if prefix else out, self._exact[prefix])
+
+    def checked(self) -> None:
+        self._plain, self._exact = [], {}
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return runner(name, self.site)
+
+    def work(self, name: str) -> Work:
+        prefix = name != "base"
+        return Work(self.case.flops(prefix), self.case.bytes(prefix), self.case.dtype)
+
+    def capturable(self, name: str) -> int:
+        return max(4, len(self.site.copies)) if self.case.mode == "decode" else 0
+
+    def tokens(self) -> int:
+        return int(self.case.rows * self.case.queries)
+
+    def close(self) -> None:
+        if self.device.type == "cuda":
+            torch.compiler.reset()  # FlexAttention's: each case has sizes of its own

@@ -6,9 +6,9 @@ wrong. So is, for the same reason, a model for each mode.
 
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from peft_fast import quant
 
 from .cases import QuantModelCase
-from .mixed_cases import lora_sites
-from .model_cases import RANK, base_model, llama_8b, trained
-from .providers import DTYPES, SCALING
+from .lora_models import RANK, adapters, base_model, llama_8b, lora_sites_of, trained
+from .lora_sites import DTYPES, SCALING
+from .subject import Compared, Subject
+
+if TYPE_CHECKING:
+    from .session import Session
 
 NAMES = ("base", "peft", "peft_fast")
 KINDS: dict[str, dict[str, Any]] = {
@@ -27,44 +30,76 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-class QuantModels:
-    """The models of a case. tiny: small ones, to see whether everything works."""
+def quantized_models(dense: Any, kind: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """For each of ``NAMES`` a model of its own that bitsandbytes quantized, frozen."""
+    from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    def __init__(self, case: QuantModelCase, device: torch.device, tiny: bool = False) -> None:
-        self.case, self.device = case, device
+    compute = {"bnb_4bit_compute_dtype": dtype} if kind == "nf4" else {}
+    where: dict[str, Any] = {"device_map": {"": device.index or 0}} if device.type == "cuda" else {}
+    config, models = BitsAndBytesConfig(**KINDS[kind], **compute), {}
+    with tempfile.TemporaryDirectory() as folder:
+        dense.save_pretrained(folder)
+        for name in NAMES:
+            model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **where)
+            model.config.use_cache = False
+            models[name] = model.requires_grad_(False)
+    return models
+
+
+def in_double(dense: Any, base: Any) -> Any:
+    """The dense model in fp64 with the numbers of the quantized one. Reads it before it ran, and was packed."""
+    dense = dense.double().requires_grad_(False).eval()
+    dense.config.use_cache = False
+    with torch.no_grad():
+        for name, module in base.named_modules():
+            twin = dense.get_submodule(name)
+            if quant.kind_of(module) is not None:
+                twin.weight.copy_(quant.read(module))
+                continue
+            for key, weight in module.named_parameters(recurse=False):
+                twin.get_parameter(key).copy_(weight)
+    return dense
+
+
+class QuantModel(Subject):
+    """A ``QuantModelCase``. Truth is the formula in fp64; peft's own error in the case's dtype sets the budget."""
+
+    norm = 2
+    rivals = ("peft",)
+    seconds = 10.0
+
+    def __init__(self, case: QuantModelCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.memory, tiny = case.mode == "train", session.tiny_models
+        self.group = "training step" if self.memory else "model"
         if case.size == "8b":
-            dense = llama_8b(device, layers=4, tiny=tiny)
+            dense = llama_8b(session.device, layers=4, tiny=tiny)
         else:
             dense = base_model(256, 2) if tiny else base_model(512, 4)  # rows of whole blocks
-        with tempfile.TemporaryDirectory() as folder:
-            dense.save_pretrained(folder)
-            self.models: dict[str, Any] = {name: self._loaded(folder, name) for name in NAMES}
+        loaded = quantized_models(dense, case.kind, DTYPES[case.dtype], session.device)
+        self.models = {name: self._prepared(name, model) for name, model in loaded.items()}
         for model in self.models.values():
-            model.train(case.mode == "train")
+            model.train(self.memory)
         _same_adapters(self.models)
-        self.truth: Any = _in_double(dense, self.models["base"])
+        self.truth: Any = in_double(dense.to(session.device), self.models["base"])
         self._known: dict[str, list[Tensor]] = {}
 
-    def _loaded(self, folder: str, name: str) -> Any:
-        from transformers import BitsAndBytesConfig, LlamaForCausalLM
-
-        case, dtype = self.case, DTYPES[self.case.dtype]
-        compute = {"bnb_4bit_compute_dtype": dtype} if case.kind == "nf4" else {}
-        where: dict[str, Any] = {"device_map": {"": self.device.index or 0}} if self.device.type == "cuda" else {}
-        config = BitsAndBytesConfig(**KINDS[case.kind], **compute)
-        model = LlamaForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype, **where)
-        model.config.use_cache = False
+    def _prepared(self, name: str, model: Any) -> Any:
         library: Any = importlib.import_module("peft" if name == "base" else name)
-        if case.prepared:
+        if self.case.prepared:
             model = library.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         model.requires_grad_(False)
         if name == "base":
             return model
         lora = library.LoraConfig(
-            r=RANK, lora_alpha=RANK * SCALING, lora_dropout=case.dropout, target_modules="all-linear",
+            r=RANK, lora_alpha=RANK * SCALING, lora_dropout=self.case.dropout, target_modules="all-linear",
             task_type="CAUSAL_LM",
         )  # fmt: skip
         return library.get_peft_model(model, lora)
+
+    @classmethod
+    def providers(cls, case: QuantModelCase, device: torch.device) -> Sequence[str]:
+        return NAMES
 
     def inputs(self, name: str, rows: int) -> dict[str, Tensor]:
         """Embedded random tokens, so that every model has a gradient to bring back to its input, and labels."""
@@ -81,12 +116,7 @@ class QuantModels:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.case.autocast):
             return self.models[name](**given)
 
-    def loss(self, name: str) -> Tensor:
-        loss: Tensor = self.called(name, self.inputs(name, self.case.rows)).loss
-        return loss
-
     def runner(self, name: str) -> Callable[[int], Any]:
-        """The function to time."""
         given = self.inputs(name, self.case.rows)
         if self.case.mode == "train":
             wanted = trained(self.models[name], given)
@@ -112,7 +142,7 @@ class QuantModels:
                 return [self.called(name, given).logits]
         with _without_dropout(self.models[name]):
             output = self.called(name, given)
-            wanted = [given["inputs_embeds"], *_adapters(self.models[name])]
+            wanted = [given["inputs_embeds"], *adapters(self.models[name])]
             return [output.logits.detach(), *torch.autograd.grad(output.loss, wanted)]
 
     def exact(self, lora: bool) -> list[Tensor]:
@@ -121,8 +151,8 @@ class QuantModels:
         given = {k: v.detach() for k, v in self.inputs("base", self.checked_rows).items()}
         x = given["inputs_embeds"] = given["inputs_embeds"].double().requires_grad_(train)
         leaves, hooks = [], []
-        for site, layer in lora_sites(self.models["peft"]) if lora else ():
-            a, b = (w.detach().double().requires_grad_(train) for w in _adapters(layer))
+        for site, layer in lora_sites_of(self.models["peft"]) if lora else ():
+            a, b = (w.detach().double().requires_grad_(train) for w in adapters(layer))
             leaves += [a, b]
 
             def add(module: nn.Module, args: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
@@ -137,48 +167,40 @@ class QuantModels:
                 hook.remove()
         return [output.logits.detach(), *(torch.autograd.grad(output.loss, [x, *leaves]) if train else ())]
 
-    def checked(self, name: str) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """(what the model gives, what peft gives in its dtype, fp64). Of the base it is its own error that counts."""
+    def compared(self, name: str) -> Compared:
+        """Of the base it is its own error that counts."""
         like = "base" if name == "base" else "peft"
         for key, make in ((like, lambda: self.outputs(like)), (f"exact {like}", lambda: self.exact(like == "peft"))):
             if key not in self._known:
                 self._known[key] = make()
         out = self._known[name] if name == like else self.outputs(name)
-        return out, self._known[like], self._known[f"exact {like}"]
+        return Compared(out, self._known[like], self._known[f"exact {like}"])
 
-    def forget(self) -> None:
-        """Everything in fp64, which is not needed once all were checked."""
+    def checked(self) -> None:
+        """Everything in fp64 may go."""
         self.truth = None
         self._known.clear()
 
+    def loss(self, name: str) -> tuple[Callable[[], Any], Sequence[Tensor]] | None:
+        if self.case.mode != "train":
+            return None
+        given = self.inputs(name, self.case.rows)
+        return lambda: self.called(name, given).loss, list(self.models[name].parameters())
 
-def _adapters(module: Any) -> list[Tensor]:
-    """a and b of every site, in the order of the model."""
-    return [getattr(s, part)["default"].weight for _, s in lora_sites(module) for part in ("lora_A", "lora_B")]
+    def tokens(self) -> int:
+        return int(self.case.rows * self.case.tokens)
+
+    def facts(self, name: str) -> dict[str, Any]:
+        return {"size": self.case.size}
 
 
 def _same_adapters(models: dict[str, Any]) -> None:
     """Random numbers, the same in both libraries."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for theirs, ours in zip(_adapters(models["peft"]), _adapters(models["peft_fast"]), strict=True):
+        for theirs, ours in zip(adapters(models["peft"]), adapters(models["peft_fast"]), strict=True):
             theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.05)
             ours.copy_(theirs)
-
-
-def _in_double(dense: Any, base: Any) -> Any:
-    """The dense model in fp64 with the numbers of the quantized one. Reads it before it ran, and was packed."""
-    dense = dense.double().requires_grad_(False).eval()
-    dense.config.use_cache = False
-    with torch.no_grad():
-        for name, module in base.named_modules():
-            twin = dense.get_submodule(name)
-            if quant.kind_of(module) is not None:
-                twin.weight.copy_(quant.read(module))
-                continue
-            for key, weight in module.named_parameters(recurse=False):
-                twin.get_parameter(key).copy_(weight)
-    return dense
 
 
 @contextmanager

@@ -6,10 +6,10 @@ bitsandbytes packs the weight in place, and what peft trains afterwards is wrong
 
 import copy
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,11 @@ from torch import Tensor, nn
 from peft_fast import quant, reference_quant
 
 from .cases import QuantSiteCase, QuantWeightCase
-from .providers import DTYPES, SCALING, adapter_weights
+from .lora_sites import DTYPES, SCALING, adapter_weights
+from .subject import Compared, Subject, TakesNoPart, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 
 def quantized(kind: str, N: int, K: int, dtype: torch.dtype, device: torch.device) -> Any:
@@ -103,6 +107,37 @@ def error_in_bits(w: Tensor, exact: Tensor) -> tuple[float, float]:
     return ((w.double() - exact.double()).abs().max() / exact.double().abs().max()).item(), float("inf")
 
 
+class Dequantizing(Subject):
+    """A ``QuantWeightCase``: the same bits are asked for. On a GPU the kernel takes part by force too."""
+
+    group = "dequantizing"
+    base = "bitsandbytes"
+    rivals = ("bitsandbytes", "plain torch")
+
+    def __init__(self, case: QuantWeightCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.layers = weights(case, session.device, session.cache_bytes)
+        self._exact: Tensor | None = exact_weight(self.layers[0])
+
+    @classmethod
+    def providers(cls, case: QuantWeightCase, device: torch.device) -> Sequence[str]:
+        return [*DEQUANTIZERS, *(WEIGHT_KERNELS if device.type == "cuda" else ())]
+
+    def error(self, name: str) -> tuple[float, float]:
+        assert self._exact is not None
+        return error_in_bits((DEQUANTIZERS | WEIGHT_KERNELS)[name](self.layers[0]), self._exact)
+
+    def checked(self) -> None:
+        self._exact = None
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        dequantize, layers = (DEQUANTIZERS | WEIGHT_KERNELS)[name], self.layers
+        return lambda i: dequantize(layers[i % len(layers)])
+
+    def work(self, name: str) -> Work:
+        return Work(0, self.case.bytes(), self.case.dtype)
+
+
 # ------------------------------------------------------------------------------------------------- a layer with LoRA
 @dataclass
 class QuantSite:
@@ -166,7 +201,6 @@ class _Forced(nn.Module):
         return y
 
 
-NAMES = ("base", "peft", "peft_fast")
 PROVIDERS: dict[str, Callable[[QuantSite, float], nn.Module]] = {
     "base": lambda site, dropout: copied(site.base),
     "peft": _library("peft"),
@@ -176,12 +210,6 @@ KERNELS: dict[str, Callable[[QuantSite, float], nn.Module]] = {
     f"peft_fast:{name}": lambda site, dropout, name=name: _Forced(site, name)  # type: ignore[misc]
     for name in ("torch", "kernel")
 }
-
-
-def providers(case: QuantSiteCase, device: torch.device) -> list[str]:
-    """On a GPU also each implementation by force: that is what the table of choices is made from."""
-    forced = device.type == "cuda" and case.kind == "nf4" and case.mode != "train"
-    return [*PROVIDERS, *(KERNELS if forced else ())]
 
 
 def _layer(provider: str, site: QuantSite, dropout: float) -> nn.Module:
@@ -229,3 +257,50 @@ def runner(provider: str, site: QuantSite) -> Callable[[int], Any]:
         return torch.autograd.grad(_call(layer, x, site), (x, *adapter_weights(layer)), site.dy)
 
     return step
+
+
+class QuantLayer(Subject):
+    """A ``QuantSiteCase``. On a GPU each implementation takes part by force too, in evaluation of NF4."""
+
+    group = "quantized layer"
+    rivals = ("peft",)
+
+    def __init__(self, case: QuantSiteCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.memory = case.mode == "train"
+        self.site = make_site(case, session.device, session.cache_bytes)
+        self._exact = {lora: exact(self.site, lora) for lora in (False, True)}
+        self._plain = outputs("peft", self.site)
+
+    @classmethod
+    def providers(cls, case: QuantSiteCase, device: torch.device) -> Sequence[str]:
+        forced = device.type == "cuda" and case.kind == "nf4" and case.mode != "train"
+        return [*PROVIDERS, *(KERNELS if forced else ())]
+
+    def compared(self, name: str) -> Compared:
+        lora = name != "base"
+        try:
+            out = outputs(name, self.site)
+        except ValueError as error:
+            if name in KERNELS and "implementation" in str(error):
+                raise TakesNoPart(str(error)) from error  # a forced kernel says that it is not for this size
+            raise
+        return Compared(out, self._plain if lora else out, self._exact[lora])
+
+    def checked(self) -> None:
+        self._plain, self._exact = [], {}
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return runner(name, self.site)
+
+    def work(self, name: str) -> Work:
+        lora = name != "base"
+        return Work(self.case.flops(lora), self.case.bytes(lora), self.case.dtype)
+
+    def capturable(self, name: str) -> int:
+        """int8's outliers are looked for on the host."""
+        few = self.case.mode == "fwd" and self.case.kind == "nf4" and self.case.M <= 64
+        return max(4, self.site.copies) if few else 0
+
+    def tokens(self) -> int:
+        return int(self.case.M)

@@ -1,40 +1,95 @@
 """What all parts of the report read from a result file, and how they write numbers."""
 
-from collections.abc import Mapping
+import json
+from pathlib import Path
 from typing import Any, NamedTuple
 
 Rows = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> extra_info with median
+Files = dict[str, dict[str, Any]]  # stem of a result file -> what is in it
+FIRST = ("lora", "mixed", "prefix", "quant", "train", "generate")  # the order of suites; other files by name after them
 
 
-class Entry(NamedTuple):
-    """A line of the tables in README.md and docs/benchmarks.md, in words.
+class Spread(NamedTuple):
+    """Median over rounds, with the quartiles; all three the same where only one number is known."""
 
-    peft, peft_fast: multiples of the base where there is one. ratio: peft_fast over peft, or over the strongest other.
+    median: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> str:
+        """Of a ratio of times: "win" below 0.98 or "loss" above 1.02, if 1 is outside the quartiles too; else ""."""
+        if self.median > 1.02 and self.low > 1:
+            return "loss"
+        return "win" if self.median < 0.98 and self.high < 1 else ""
+
+    @property
+    def inverse(self) -> "Spread":
+        """Of a ratio of times: how many times as fast."""
+        return Spread(1 / self.median, 1 / self.high, 1 / self.low)
+
+
+def load(folder: Path) -> Files:
+    """The result files in a folder, suites first.
+
+    Raises: FileNotFoundError if there is no such folder, or no JSON in it; ValueError naming a file that is broken or
+    no result of the benchmarks.
     """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    paths = sorted(folder.glob("*.json"), key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p))
+    if not paths:
+        raise FileNotFoundError(f"no result files (*.json) in {folder}")
+    return {path.stem: _load(path) for path in paths}
 
-    label: str
-    base: str
-    peft: str
-    peft_fast: str
-    ratio: str
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(result, dict) or not {"peft_fast", "wrong", "benchmarks"} <= set(result):
+        raise ValueError(f"{path} is no result of the benchmarks: peft_fast, wrong and benchmarks belong into it")
+    return result
 
 
-def suite_of(result: dict[str, Any]) -> str:
-    """The suite that a file is of; files from before there were several are "lora"."""
-    return str(result["peft_fast"].get("suite", "lora"))
+def all_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """extra_info of every row, with median, q1, q3 and rounds; then of the wrong ones, with "wrong" and no times."""
+    rows = []
+    for benchmark in result["benchmarks"]:
+        stats = benchmark["stats"]
+        times = {name: stats[name] for name in ("median", "q1", "q3", "rounds") if name in stats}
+        rows.append({**benchmark["extra_info"], **times})
+    return rows + [{**info, "wrong": True} for info in result["wrong"]]
 
 
 def rows_of(result: dict[str, Any], group: str) -> Rows:
     """Cases of a group in the order they were measured; wrong ones carry "wrong" and no time."""
     rows: Rows = {}
-    for benchmark in result["benchmarks"]:
-        info = benchmark["extra_info"]
+    for info in all_rows(result):
         if info["group"] == group:
-            rows.setdefault(info["case"], {})[info["provider"]] = {**info, "median": benchmark["stats"]["median"]}
-    for info in result["wrong"]:
-        if info["group"] == group:
-            rows.setdefault(info["case"], {})[info["provider"]] = {**info, "wrong": True}
+            rows.setdefault(info["case"], {})[info["provider"]] = info
     return rows
+
+
+def groups_of(result: dict[str, Any]) -> list[str]:
+    """The groups with cases, in the order they were measured; "ceilings" are none."""
+    return [group for group in dict.fromkeys(info["group"] for info in all_rows(result)) if group != "ceilings"]
+
+
+def words_of(info: dict[str, Any]) -> str:
+    """A row's case in words, in one line of printable text; its id where there are no words."""
+    words = str(info.get("words") or info["case"])
+    return " ".join("".join(c if c.isprintable() else " " for c in words).split())
+
+
+def spread_of(info: dict[str, Any], name: str) -> Spread | None:
+    """What a row has under a name, {median, low, high} or one number; None if it has not, or no positive number."""
+    value = info.get(name)
+    if value is None:
+        return None
+    values = Spread(value["median"], value["low"], value["high"]) if isinstance(value, dict) else Spread(*[value] * 3)
+    return values if all(0 < v < float("inf") for v in values) else None
 
 
 def machine(result: dict[str, Any]) -> str:
@@ -56,31 +111,6 @@ def time_in_words(seconds: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds / 1e-6:.3g} us"
-
-
-def targets(cases: Mapping[str, Any], models: Rows, parts: Rows) -> list[str]:
-    """Models that must be at least as fast as peft, met or missed; how peft_fast's parts stand to the strongest."""
-    lines = []
-    for name, by_provider in models.items():
-        must, ours = getattr(cases.get(name), "must", None), by_provider.get("peft_fast", {})
-        if must is not None and "ratio_to_peft" in ours:
-            faster = 1 / ours["ratio_to_peft"]["median"]
-            verdict = "met    " if faster >= must else "MISSED "
-            lines.append(f"{verdict} {name}: {faster:.2f} times as fast as peft, must {must}")
-    for name, by_provider in parts.items():
-        ours = by_provider.get("peft_fast", {})
-        if "ratio_to_strongest" in ours:
-            ratio = ours["ratio_to_strongest"]
-            spread = f"{ratio['low']:.2f}..{ratio['high']:.2f}"
-            lines.append(f"        {name}: {ratio['median']:.2f} ({spread}) of the time of {ours['strongest']}")
-    return lines
-
-
-def memory_entry(label: str, row: dict[str, dict[str, Any]]) -> Entry:
-    """How much a step's memory grows."""
-    base, peft, ours = (row[who]["peak_bytes"] for who in ("base", "peft", "peft_fast"))
-    cells = (f"{base / 1e6:.0f} MB", f"{peft / base:.2f}x", f"{ours / base:.2f}x", f"{ours / peft:.2f}")
-    return Entry(f"growth of memory in the {label}", *cells)
 
 
 def table(head: str, rows: list[tuple[str, ...]]) -> list[str]:

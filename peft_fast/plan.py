@@ -25,7 +25,6 @@ WEIGHT_BYTES = {"none": 2.0, "nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (
 LORA_LAUNCHES = {"grouped": 2, "one_launch": 0}  # at each site, beside the base product; names as in ops/choice.py
 ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_RANK = 64, 128  # as in ops/choice.py
 POINTWISE_LAUNCHES = {True: 4, False: 32}  # of a layer, fused in a graph or as transformers has them: norms, rope, ...
-EAGER_LAUNCH_SECONDS = 8e-6  # of the host; it runs ahead of the device, so the longer of the two counts
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
@@ -37,6 +36,7 @@ class Machine:
     link_bytes_per_second: per direction, to all GPUs of the same box together; 0: there are none.
     mesh: it is the sum of one link for each other GPU, so that few GPUs reach a part of it only.
     launch_seconds: between two dependent kernels of a CUDA graph.    exchange_seconds: latency of an all-reduce.
+    eager_launch_seconds: of the host; it runs ahead of the device, so the longer of the two counts.
     """
 
     name: str
@@ -45,6 +45,7 @@ class Machine:
     memory_bytes: float = math.inf
     link_bytes_per_second: float = 0.0
     launch_seconds: float = 2e-6
+    eager_launch_seconds: float = 8e-6
     exchange_seconds: float = 10e-6
     gpus_per_node: int = 8
     mesh: bool = False
@@ -53,15 +54,19 @@ class Machine:
     def measured(cls, name: str, ceilings: Mapping[str, float], like: "Machine | None" = None) -> "Machine":
         """A machine whose ceilings were measured: {"bytes": B/s, "bf16": flop/s, "fp32": flop/s}, as a result has them.
 
+        "call", where it is there: seconds of a tiny operator, which is what a launch costs.
         like: a machine that gives the rest: memory, links, launches.
         Raises: ValueError for a ceiling that is missing or not positive.
         """
         if "bytes" not in ceilings or not all(value > 0 for value in ceilings.values()):
             raise ValueError(f'{name}: ceilings must have "bytes" and be positive, got {dict(ceilings)}')
-        rates = {dtype: rate for dtype, rate in ceilings.items() if dtype != "bytes"}
-        return replace(
+        rates = {dtype: rate for dtype, rate in ceilings.items() if dtype in DTYPE_BYTES}
+        found = replace(
             like or cls(name, 1.0, {}), name=name, bytes_per_second=ceilings["bytes"], flops_per_second=rates
         )
+        if "call" not in ceilings:
+            return found
+        return replace(found, launch_seconds=ceilings["call"], eager_launch_seconds=ceilings["call"])
 
 
 def _data_sheet(
@@ -376,7 +381,7 @@ def step(model: Model, work: Workload, machine: Machine, gpus: int = 1) -> Step:
         seconds["communication"] = exchanges * (moved / link + machine.exchange_seconds)
     seconds["launches"] = launches * machine.launch_seconds
     if not work.graph:
-        host = launches * EAGER_LAUNCH_SECONDS
+        host = launches * machine.eager_launch_seconds
         seconds["launches"] += max(0.0, host - sum(seconds.values()))
     flops, moved = (sum(op.times * getattr(op, what) for op in every) for what in ("flops", "bytes"))
     return Step(seconds, flops, moved, launches)

@@ -1,126 +1,87 @@
-"""The measurements of prefixes: right results pass, wrong ones are flagged, the report says what was measured."""
+"""The measurements of prefixes: right results are timed, wrong ones are flagged; what is compared is what is timed."""
 
-import json
-import os
-import re
-import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_bench import CPU, ROOT, a_result, committed, run_bench
-from torch import Tensor
+from test_bench import CPU, dry_session
 
-from bench import (
-    cases,
-    measure,
-    prefix_decode,
-    prefix_models,
-    prefix_sites,
-    report,
-    report_pages,
-    report_prefix,
-    report_rows,
-)
-from bench.bench_lora import Measured
+from bench import cases, measure, prefix_decode, prefix_models, prefix_sites, suites
+from bench.generate_models import Generated
+from bench.subject import Measured, measure_case
 
-QUICK = list(cases.cpu_prefix(quick=True))
-SITES = [case for case in QUICK if isinstance(case, cases.PrefixSiteCase)]
-SITES += [replace(case, prefixes=2) for case in SITES[:3]]
+QUICK = [case for suite in ("prefix", "train", "generate") for case in suites.cpu_cases(suite, quick=True)]
+SITES = [replace(case, prefixes=n) for case in QUICK if isinstance(case, cases.PrefixSiteCase)
+         for n in {case.prefixes, 2} if case.prefix == 20]  # fmt: skip
 MODELS = [case for case in QUICK if isinstance(case, cases.PrefixModelCase)]
 PROMPT = next(case for case in QUICK if isinstance(case, cases.PrefixPromptCase))
+SESSION = dry_session("prefix")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
-@pytest.fixture(scope="module")
-def with_one_wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A quick run in which peft_fast's attention reads the prefix's values one slot too far."""
-    folder = tmp_path_factory.mktemp("wrong_prefix")
-    (folder / "spoil_prefix.py").write_text(
-        "from dataclasses import replace\n"
-        "from bench import prefix_models, prefix_sites\n"
-        "ours = prefix_sites.PROVIDERS['peft_fast']\n"
-        "prefix_sites.PROVIDERS['peft_fast'] = lambda case, t: ours(case, replace(t, prefix_v=t.prefix_v.roll(1, 0)))\n"
-        "made = prefix_models.PrefixPrompt.made\n"
-        "prefix_models.PrefixPrompt.made = lambda self, name: (\n"
-        "    made(self, name)[::-1] if name == 'peft_fast' else made(self, name))\n"
-        "loss = prefix_models.PrefixModels.loss\n"
-        "def spoiled(self, name, model):\n"
-        "    output, wanted = loss(self, name, model)\n"
-        "    output.loss = output.loss * (1.001 if name == 'peft_fast' else 1)\n"
-        "    return output, wanted\n"
-        "prefix_models.PrefixModels.loss = spoiled\n"
+def test_wrong_prefixes_are_flagged_and_never_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention reads values one slot too far, keys and values change places, a loss is a thousandth too large."""
+    ours, made = prefix_sites.PROVIDERS["peft_fast"], prefix_models.Prompt.made
+    called = prefix_models.PrefixModel.called
+
+    def spoiled(self: Any, name: str, model: Any) -> Any:
+        output, wanted = called(self, name, model)
+        output.loss = output.loss * (1.001 if name == "peft_fast" else 1)
+        return output, wanted
+
+    monkeypatch.setitem(
+        prefix_sites.PROVIDERS, "peft_fast", lambda case, t: ours(case, replace(t, prefix_v=t.prefix_v.roll(1, 0)))
     )
-    out = folder / "out.json"
-    ran = run_bench(
-        "run", "--suite", "prefix", "--quick", "--only", "fwd-4x24 or prompt or train-4x16", "--out", str(out),
-        PYTHONPATH=f"{folder}{os.pathsep}{ROOT}", PYTEST_PLUGINS="spoil_prefix",
-    )  # fmt: skip
-    return ran, out
+    monkeypatch.setattr(
+        prefix_models.Prompt, "made", lambda self, name: made(self, name)[:: -1 if name == "peft_fast" else 1]
+    )
+    monkeypatch.setattr(prefix_models.PrefixModel, "called", spoiled)
+    session = dry_session("prefix")
+    found = [
+        measure_case(prefix_sites.PrefixAttention(SITES[0], session), session),
+        measure_case(prefix_models.Prompt(PROMPT, session), session),
+        measure_case(prefix_models.PrefixModel(MODELS[0], session), session),
+    ]
+    assert [(row["group"], row["provider"]) for row in session.wrong] == [
+        (group, "peft_fast") for group in ("attention", "prompt", "training step")
+    ]
+    for measured in found:
+        assert "peft_fast" in measured.info and "peft_fast" not in measured.samples and "peft" in measured.samples
 
 
-def test_wrong_prefixes_are_flagged_and_never_timed(
-    with_one_wrong: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
-) -> None:
-    ran, out = with_one_wrong
-    assert ran.returncode != 0, ran.stdout
-    result = json.loads(out.read_text())
-    groups = {"prefix attention", "prefix prompt", "prefix model"}
-    assert {(row["group"], row["provider"]) for row in result["wrong"]} == {(group, "peft_fast") for group in groups}
-    timed = {(b["extra_info"]["group"], b["extra_info"]["provider"]) for b in result["benchmarks"]}
-    assert {(group, "peft") for group in groups} <= timed
-    assert not {(group, "peft_fast") for group in groups} & timed
-    assert result["peft_fast"]["suite"] == "prefix"
-    reported = run_bench("report", str(out), "--plots", str(tmp_path))
-    assert reported.returncode == 1, reported.stderr
-    assert re.search(r"peft_fast +WRONG", reported.stdout)
-
-
-@pytest.mark.parametrize("step", cases.PREFIX_STEPS)
-def test_the_gpu_steps_of_prefixes_run_dry(step: str, tmp_path: Path) -> None:
-    out = tmp_path / f"{step}.json"
-    ran = run_bench("run", "--gpu", step, "--dry", "--out", str(out))
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    result = json.loads(out.read_text())
-    groups = ("prefix model", "prefix decode") if step == "prefix-model" else ("prefix attention",)
-    for group in groups:
-        rows = report_rows.rows_of(result, group)
-        assert rows and all({"base", "peft_fast"} <= set(row) for row in rows.values())
-
-
-def test_gpu_sh_knows_every_step(tmp_path: Path) -> None:
-    script = ROOT / "bench" / "gpu.sh"
-    named = re.search(r'^all="(.*?)"', script.read_text(), re.S | re.M)
-    assert named is not None
-    steps = named[1].replace("\\", " ").split()
-    assert set(steps) - {"prefix-check"} == set(cases.GPU_STEPS)
-    assert steps.index("prefix-check") < min(steps.index(step) for step in cases.PREFIX_STEPS)
-    called = tmp_path / "python"  # notes what it is called with
-    called.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
-    called.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(called), "DRY": "1"}
-    subprocess.run([str(script), "all", str(tmp_path)], env=environment, check=True, timeout=60)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert "-m pytest tests -q -m gpu" in calls
-    for step in cases.GPU_STEPS:
-        assert f"-m bench run --gpu {step} --out {tmp_path}/gpu-{step}.json --dry" in calls
-
-
-def test_every_prefix_step_has_its_cases() -> None:
-    for quick in (True, False):
-        found = list(cases.cpu_prefix(quick))
-        assert len(set(map(str, found))) == len(found)
-    for step in cases.PREFIX_STEPS:
-        found = list(cases.gpu_prefix(step))
-        assert found and len(set(map(str, found))) == len(found)
+def test_what_the_cases_of_prefixes_tell() -> None:
+    session = dry_session("prefix")
+    site = measure_case(prefix_sites.PrefixAttention(SITES[0], session), session)
+    assert set(site.samples) == {"base", "peft", "two calls", "peft_fast"} and not site.absent
+    info = site.info["peft_fast"]
+    assert info["strongest"] in ("peft", "two calls") and "ratio_to_peft" in info and 0 < info["share_of_roofline"]
+    assert info["flops"] == SITES[0].flops(True) and site.info["base"]["bytes"] == SITES[0].bytes(False)
+    prompt = measure_case(prefix_models.Prompt(PROMPT, session), session)
+    assert "ratio_to_peft" in prompt.info["peft_fast"] and "ratio_to_base" not in prompt.info["peft_fast"]
+    train, generate = (
+        measure_case(prefix_models.PrefixModel(next(c for c in MODELS if c.mode == mode), session), session)
+        for mode in ("train", "generate")
+    )
+    info = train.info["peft_fast"]
+    assert info["group"] == "training step" and info["peak_bytes_to_base"] > 0 and info["saved_bytes_to_base"] > 0
+    assert info["must"] == 1.0 and info["size"] == "small" and info["flops"] > 0
+    info = generate.info["peft_fast"]
+    assert info["group"] == "generation" and info["strongest"] == "peft" and "peak_bytes" not in info
+    assert info["tokens_per_second"] > 0 and "flops" not in info
+    case = cases.PrefixDecodeCase(4, 6)
+    step = measure_case(prefix_decode.PrefixStep(case, session), session)
+    assert set(step.samples) == {"base", "peft", "peft_fast"} and step.info["peft"]["group"] == "decode step"
+    assert not session.wrong
 
 
 @pytest.mark.parametrize("case", SITES, ids=str)
 def test_attention_agrees_with_fp64_and_a_wrong_one_does_not(case: cases.PrefixSiteCase) -> None:
     site = prefix_sites.make_site(case, CPU, 0)
     plain = prefix_sites.outputs(prefix_sites.PROVIDERS["concatenated"], case, site.copies[0])
-    for name in prefix_sites.providers(case, CPU):
+    for name in prefix_sites.PrefixAttention.providers(case, CPU):
         exact = prefix_sites.exact(site, prefix=name != "base")
         out = prefix_sites.outputs(prefix_sites.PROVIDERS[name], case, site.copies[0], name != "base")
         same = out if name == "base" else plain
@@ -159,78 +120,89 @@ def test_flops_and_bytes_of_attention_with_a_prefix() -> None:
     assert decode.flops(True) == 2 * 2 * 8 * 2 * 4 * (4 + 3)
 
 
+def share(subject: Any, name: str, change: Any = None) -> float:
+    """Of the error budget, when one of the tensors compared is changed."""
+    out, same, exact = subject.compared(name)
+    return measure.error_over_budget(change(out) if change else out, same, exact, subject.norm)[1]
+
+
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_models_agree_with_fp64_and_another_prefix_does_not(case: cases.PrefixModelCase) -> None:
-    models = prefix_models.PrefixModels(case, CPU, tiny=True)
-    for name in prefix_models.NAMES:
-        assert measure.error_over_budget(*models.checked(name), norm=2)[1] <= 1
+    subject = prefix_models.PrefixModel(case, SESSION)
+    for name in subject.providers(case, CPU):
+        assert subject.error(name)[1] <= 1
+    encoders = subject.models["peft_fast"].prompt_encoder
     if case.prefixes == 1:
         with torch.no_grad():
-            for weight in models.models["peft_fast"].prompt_encoder.parameters():
+            for weight in encoders.parameters():
                 weight[0] += 0.5
     else:  # every row has another one's
-        models.models["peft_fast"].prompt_encoder["a0"], models.models["peft_fast"].prompt_encoder["a1"] = (
-            models.models["peft_fast"].prompt_encoder[name] for name in ("a1", "a0")
-        )
-    assert measure.error_over_budget(*models.checked("peft_fast"), norm=2)[1] > 1
+        encoders["a0"], encoders["a1"] = encoders["a1"], encoders["a0"]
+    assert subject.error("peft_fast")[1] > 1
+    subject.checked()
+    assert not subject._known
 
 
 def test_steps_after_another_choice_of_a_token_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in MODELS if case.mode == "generate" and case.prefixes == 1)
-    models = prefix_models.PrefixModels(case, CPU, tiny=True)
-    generated = models.generated
+    subject = prefix_models.PrefixModel(case, SESSION)
+    made = subject.generated
 
-    def one_chose_otherwise(name: str, model: Any) -> tuple[Tensor, Tensor]:
-        logits, tokens = generated(name, model)
+    def one_chose_otherwise(name: str, model: Any) -> Generated:
+        found = made(name, model)
         if name == "peft_fast":
-            tokens[0, 1] += 1
-        return logits, tokens
+            found.tokens[0, 1] += 1
+        return found
 
-    monkeypatch.setattr(models, "generated", one_chose_otherwise)
-    for found in models.checked("peft_fast"):
+    monkeypatch.setattr(subject, "generated", one_chose_otherwise)
+    for found in subject.compared("peft_fast"):
         assert [len(row) for row in found] == [2, *[case.new] * (case.rows - 1)]
 
 
-def test_all_prompts_are_those_of_the_formula() -> None:
-    prompt = prefix_models.PrefixPrompt(PROMPT, tiny=True)
-    exact, plain = prompt.exact(), prompt.outputs("peft")
-    for name in prefix_models.PROMPT_NAMES:
-        out = prompt.outputs(name)
-        assert len(out) == 2 * prompt.layers + 5
-        assert measure.error_over_budget(out, plain, exact)[1] <= 1
-        wrong = [*out[:-1], out[-1] * 1.1]
-        assert measure.error_over_budget(wrong, plain, exact)[1] > 1
+@pytest.mark.parametrize("mode", ["fwd", "train"])
+def test_all_prompts_are_those_of_the_formula(mode: str) -> None:
+    case = replace(PROMPT, mode=mode)
+    subject = prefix_models.Prompt(case, SESSION)
+    for name in subject.providers(case, CPU):
+        assert len(subject.outputs(name)) == 2 * subject.layers + 5 * (mode == "train")
+        assert share(subject, name) <= 1
+
+        def wrong(out: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+            return [*out[:-1], out[-1] * 1.1]
+
+        assert share(subject, name, wrong) > 1
 
 
 def test_a_training_step_needs_less_memory_than_peft() -> None:
-    case = cases.PrefixModelCase("train", 8, 16, 64)
-    models = prefix_models.PrefixModels(case, CPU, tiny=True)
-    peak = {}
-    for name in ("peft", "peft_fast"):
-        step = models.runner(name)
-        step(0)
-        with measure.PeakMemory(CPU) as memory:
-            step(0)
-        peak[name] = memory.bytes
-    assert peak["peft_fast"] < peak["peft"]
-    assert all(w.grad is None for w in models.models["peft_fast"].parameters())
+    session = dry_session("train")
+    subject = prefix_models.PrefixModel(cases.PrefixModelCase("train", 8, 16, 64), session)
+    info = measure_case(subject, session).info
+    for what in ("peak_bytes", "saved_bytes"):
+        assert info["peft_fast"][what] < info["peft"][what]
+    assert all(w.grad is None for w in subject.models["peft_fast"].parameters())
 
 
 @pytest.mark.parametrize("prefixes", [1, 2])
 def test_a_decode_step_with_other_prefixes_is_wrong(prefixes: int) -> None:
-    decoder = prefix_decode.PrefixDecoder(CPU, tiny=True)
     case = cases.PrefixDecodeCase(4, 6, prefixes)
-    decoder.bring(case)
-    exact, plain = (list(t) for t in (decoder.exact(case, True), decoder.runner("peft", case)(0)))
-    step = decoder.runner("peft_fast", case)
+    subject = prefix_decode.PrefixStep(case, SESSION)
+    step = subject.runner("peft_fast")
     assert torch.equal(step(0), step(1)), "a call is the same step again"
-    assert measure.error_over_budget(list(step(0)), plain, exact, norm=2)[1] <= 1
-    static = prefix_decode.static_step(decoder.models["peft_fast"], 4, {}, torch.bfloat16)
-    if prefixes == 1:
-        assert measure.error_over_budget(list(static(0)), plain, exact, norm=2)[1] <= 1
-    else:
-        assert measure.error_over_budget(list(static(0)), plain, exact, norm=2)[1] > 1
-    assert measure.error_over_budget(list(decoder.runner("base", case)(0)), plain, exact, norm=2)[1] > 1
+    assert all(subject.error(name)[1] <= 1 for name in subject.providers(case, CPU))
+    assert {name: subject.capturable(name) for name in subject.steps} == {
+        "base": 1, "peft": 0, "peft_fast": int(prefixes == 1)
+    }  # fmt: skip
+    plain, exact = (list(subject.runner("peft")(0)), list(subject.decoder.exact(case, True)))
+    static = list(subject.captured_runner("peft_fast")(0))
+    assert (measure.error_over_budget(static, plain, exact, norm=2)[1] <= 1) == (prefixes == 1)
+    assert measure.error_over_budget(list(subject.runner("base")(0)), plain, exact, norm=2)[1] > 1
+
+
+def test_a_wrong_step_on_a_static_cache_is_not_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = prefix_decode.PrefixStep(cases.PrefixDecodeCase(4, 6), SESSION)
+    static = subject.captured_runner("peft_fast")
+    monkeypatch.setattr(subject, "captured_runner", lambda name: lambda i: static(i) * 1.2)
+    assert subject.error("peft_fast")[1] > 1
 
 
 def test_the_strongest_rival_is_the_fastest() -> None:
@@ -239,61 +211,3 @@ def test_the_strongest_rival_is_the_fastest() -> None:
     measured.add_strongest(("peft", "two calls", "flex"))
     assert measured.info["peft_fast"]["strongest"] == "two calls"
     assert measured.info["peft_fast"]["ratio_to_strongest"]["median"] == 0.8
-
-
-def test_committed_results_of_prefixes_are_of_a_whole_run_and_right() -> None:
-    result = committed("prefix")
-    if result is None:
-        return
-    assert not result["wrong"] and not result["peft_fast"]["quick"] and report_rows.suite_of(result) == "prefix"
-    groups = ("prefix attention", "prefix prompt", "prefix model")
-    measured = [case for group in groups for case in report_rows.rows_of(result, group)]
-    assert set(measured) == set(report_prefix.CASES)
-
-
-def a_prefix_result(ratio: float) -> dict[str, Any]:
-    """A result file of ``--suite prefix``, with peft at twice the base and peft_fast at ``ratio``, made up."""
-    benchmarks = []
-    for name, case in report_prefix.CASES.items():
-        group = {
-            cases.PrefixSiteCase: "prefix attention", cases.PrefixPromptCase: "prefix prompt",
-        }.get(type(case), "prefix model")  # fmt: skip
-        times = {"base": 1.0, "peft": 2.0, "peft_fast": ratio}
-        if group == "prefix prompt":
-            del times["base"]
-        if isinstance(case, cases.PrefixSiteCase):
-            times["two calls"] = 1.8
-            if case.prefixes > 1:
-                times["concatenated"] = times.pop("peft")
-        for provider, over in times.items():
-            info: dict[str, Any] = {"group": group, "case": name, "provider": provider, "error": 0.01}
-            if "train" in name and group == "prefix model":
-                info |= {"peak_bytes": 1e8 * over, "peak_bytes_to_base": over}
-            if provider != "base" and "base" in times:
-                info["ratio_to_base"] = {"median": over, "low": over, "high": over}
-            if provider == "peft_fast" and "peft" in times:
-                info["ratio_to_peft"] = {"median": over / 2, "low": over / 2, "high": over / 2}
-            if provider == "peft_fast" and group == "prefix attention":
-                info["strongest"] = "two calls"
-                info["ratio_to_strongest"] = {"median": over / 1.8, "low": 0.1, "high": 2.0}
-            benchmarks.append({"extra_info": info, "stats": {"median": 0.01 * over}})
-    about = {**a_result()["peft_fast"], "suite": "prefix"}
-    return {"benchmarks": benchmarks, "wrong": [], "peft_fast": about}
-
-
-def test_the_report_shows_losses_of_prefixes_too(tmp_path: Path) -> None:
-    printed = report.side_by_side(a_prefix_result(2.5))
-    assert "MISSED  train-16x64-P128-fp32: 0.80 times as fast as peft, must 1.0" in printed
-    assert "fwd-8x128-P20-fp32: 1.39 (0.10..2.00) of the time of two calls" in printed
-    assert "met     generate-16x32-P128-fp32: 1.33 times as fast" in report.side_by_side(a_prefix_result(1.5))
-    table = "\n".join(report_prefix.lines(a_prefix_result(2.5)))
-    assert "| attention forward, 8 x 128 tokens, P = 20, fp32 | 10 ms | 2.00x | 1.80x | 2.50x | 1.39 |" in table
-    assert "P = 128, 4 prefixes, fp32 | 10 ms | 2.00x | 1.80x | 2.50x | 1.39 |" in table
-    assert "| training step, 16 x 64 tokens, P = 128, fp32 | 10 ms | 2.00x | - | 2.50x | 1.25 |" in table
-    assert "growth of memory in the training step, 16 x 64 tokens, P = 512, fp32 | 100 MB | 2.00x | - | 2.50x" in table
-    assert "| 20 ms | - | 25 ms | 1.25 |" in table  # a projection: there is none without a prefix
-    headline = "\n".join(report_pages.headlines({**report.committed_results(), "prefix": a_prefix_result(2.5)}))
-    assert "P = 128, 4 prefixes, fp32 | 10 ms | 2.00x | 2.50x | 1.39 |" in headline
-    pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
-    drawn = report.draw(a_prefix_result(1.5), tmp_path, "cpu-prefix")
-    assert [path.name for path in drawn] == ["cpu-prefix-attention.png", "cpu-prefix-model.png"]

@@ -1,91 +1,114 @@
-"""The measurements of quantized bases: right results pass, wrong ones are flagged, the report says what there is."""
+"""The measurements of quantized bases and of generated text: right results are timed, wrong ones are flagged."""
 
-import json
-import os
-import re
-import subprocess
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from test_bench import CPU, ROOT, a_result, committed, run_bench
+from test_bench import CPU, dry_session
 
-from bench import cases, conftest, measure, quant_models, quant_sites, report, report_pages, report_quant, report_rows
-from bench.bench_lora import Measured
-from bench.bench_quant import right
-from bench.providers import DTYPES
+from bench import cases, generate_models, measure, quant_models, quant_sites, suites
+from bench.lora_models import adapters
+from bench.lora_sites import DTYPES
+from bench.subject import TakesNoPart, measure_case
 
-QUICK = list(cases.cpu_quant(quick=True))
+QUICK = [case for suite in ("quant", "train") for case in suites.cpu_cases(suite, quick=True)]
 SITES = [case for case in QUICK if isinstance(case, cases.QuantSiteCase)]
-SITES.append(cases.QuantSiteCase("o", 64, 96, 8, "train", dtype="fp32"))
+SITES += [replace(SITES[-1], kind="nf4"), cases.QuantSiteCase("o", 64, 96, 8, "train", dtype="fp32")]
 MODELS = [case for case in QUICK if isinstance(case, cases.QuantModelCase)]
-MODELS.append(cases.QuantModelCase("train", 2, 8, dropout=0.05, size="8b"))
+MODELS += [
+    cases.QuantModelCase("train", 2, 16, "int8", "fp32", must=1.0),
+    cases.QuantModelCase("train", 2, 8, dropout=0.05, size="8b"),
+]
+TEXTS = [
+    cases.GenerateCase(3, 6, 1, new=3), cases.GenerateCase(3, 6, 2, "bf16", new=3),
+    cases.GenerateCase(2, 6, 1, "bf16", "nf4", new=3),
+]  # fmt: skip
+SESSION = dry_session("quant")
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
 
-@pytest.fixture(scope="module")
-def with_one_wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.CompletedProcess[str], Path]:
-    """A quick run in which peft_fast's weights are rounded once more, its layers doubled, its loss a little off."""
-    folder = tmp_path_factory.mktemp("wrong_quant")
-    (folder / "spoil_quant.py").write_text(
-        "from bench import quant_models, quant_sites\n"
-        "ours = quant_sites.DEQUANTIZERS['peft_fast']\n"
-        "quant_sites.DEQUANTIZERS['peft_fast'] = lambda layer: ours(layer).bfloat16().float()\n"
-        "build = quant_sites.PROVIDERS['peft_fast']\n"
-        "def spoiled(site, dropout):\n"
-        "    layer = build(site, dropout)\n"
-        "    layer.register_forward_hook(lambda module, args, y: y * 2)\n"
-        "    return layer\n"
-        "quant_sites.PROVIDERS['peft_fast'] = spoiled\n"
-        "called = quant_models.QuantModels.called\n"
-        "def off(self, name, given):\n"
-        "    output = called(self, name, given)\n"
-        "    output.loss = output.loss * (1.001 if name == 'peft_fast' else 1)\n"
-        "    return output\n"
-        "quant_models.QuantModels.called = off\n"
+@pytest.fixture
+def with_one_wrong(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """peft_fast's weights are rounded once more, its layers doubled, its loss a little off."""
+    ours, build = quant_sites.DEQUANTIZERS["peft_fast"], quant_sites.PROVIDERS["peft_fast"]
+    called = quant_models.QuantModel.called
+
+    def doubled(site: quant_sites.QuantSite, dropout: float) -> torch.nn.Module:
+        layer = build(site, dropout)
+        layer.register_forward_hook(lambda module, args, y: y * 2)
+        return layer
+
+    def off(self: Any, name: str, given: Any) -> Any:
+        output = called(self, name, given)
+        output.loss = output.loss * (1.001 if name == "peft_fast" else 1)
+        return output
+
+    monkeypatch.setitem(quant_sites.DEQUANTIZERS, "peft_fast", lambda layer: ours(layer).bfloat16().float())
+    monkeypatch.setitem(quant_sites.PROVIDERS, "peft_fast", doubled)
+    monkeypatch.setattr(quant_models.QuantModel, "called", off)
+    yield
+
+
+def test_wrong_results_are_flagged_and_never_timed(with_one_wrong: None) -> None:
+    session = dry_session("quant")
+    weight = measure_case(quant_sites.Dequantizing(cases.QuantWeightCase(64, 128, "fp32"), session), session)
+    layer = measure_case(quant_sites.QuantLayer(SITES[0], session), session)
+    model = measure_case(quant_models.QuantModel(MODELS[-2], session), session)
+    assert [(row["group"], row["provider"]) for row in session.wrong] == [
+        (group, "peft_fast") for group in ("dequantizing", "quantized layer", "training step")
+    ]
+    assert set(weight.samples) == {"bitsandbytes", "plain torch"}
+    assert set(layer.samples) == set(model.samples) == {"base", "peft"}
+    assert all("peft_fast" in measured.info for measured in (weight, layer, model))
+    assert model.info["peft"]["peak_bytes_to_base"] > 1 and model.info["peft"]["saved_bytes_to_base"] > 1
+
+
+def test_what_the_cases_of_quantized_bases_tell() -> None:
+    session = dry_session("quant")
+    weight = measure_case(quant_sites.Dequantizing(cases.QuantWeightCase(64, 128, "fp32"), session), session)
+    info = weight.info["peft_fast"]
+    assert info["ratio_to_base"]["median"] > 0 and info["strongest"] in ("bitsandbytes", "plain torch")
+    assert info["bytes"] == cases.QuantWeightCase(64, 128, "fp32").bytes() and info["flops"] == 0
+    layer = measure_case(quant_sites.QuantLayer(SITES[0], session), session)
+    info = layer.info["peft_fast"]
+    assert info["strongest"] == "peft" and info["flops"] == SITES[0].flops(True) and "peak_bytes" not in info
+    model = measure_case(quant_models.QuantModel(MODELS[0], session), session)
+    assert model.info["peft_fast"]["group"] == "model" and model.info["peft_fast"]["size"] == "small"
+    text = measure_case(generate_models.LoraGeneration(TEXTS[1], session), session)
+    info = text.info["peft_fast"]
+    assert info["group"] == "generation" and info["strongest"] == "peft" and info["tokens_per_second"] > 0
+    assert set(text.samples) == {"base", "peft", "peft_fast"} and not session.wrong
+
+
+def test_a_kernel_that_is_not_for_this_size_takes_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = quant_sites.QuantLayer(SITES[0], SESSION)
+    said = "the implementation kernel is not for this size"
+
+    def build(site: Any, dropout: float) -> torch.nn.Module:
+        raise ValueError(said)
+
+    monkeypatch.setitem(quant_sites.KERNELS, "peft_fast:kernel", build)
+    with pytest.raises(TakesNoPart, match="not for this size"):
+        subject.compared("peft_fast:kernel")
+    said = "another mistake"
+    with pytest.raises(ValueError, match="another mistake"):
+        subject.compared("peft_fast:kernel")
+
+
+def test_who_takes_part_and_what_is_captured() -> None:
+    cuda, layer = torch.device("cuda"), quant_sites.QuantLayer
+    assert "peft_fast:kernel" in layer.providers(SITES[0], cuda) and "kernel" in str(
+        quant_sites.Dequantizing.providers(cases.QuantWeightCase(64, 128, "fp32"), cuda)
     )
-    out = folder / "out.json"
-    ran = run_bench(
-        "run", "--suite", "quant", "--quick", "--only", "dequantize-128x256-fp32 or o-M4-nf4 or train-2x16-int8",
-        "--out", str(out), PYTHONPATH=f"{folder}{os.pathsep}{ROOT}", PYTEST_PLUGINS="spoil_quant",
-    )  # fmt: skip
-    return ran, out
-
-
-def test_wrong_results_are_flagged_and_never_timed(
-    with_one_wrong: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
-) -> None:
-    ran, out = with_one_wrong
-    assert ran.returncode != 0, ran.stdout
-    result = json.loads(out.read_text())
-    groups = {"quant weight", "quant site", "quant model"}
-    assert {(row["group"], row["provider"]) for row in result["wrong"]} == {(group, "peft_fast") for group in groups}
-    timed = {(b["extra_info"]["group"], b["extra_info"]["provider"]) for b in result["benchmarks"]}
-    assert timed == {
-        *(("quant weight", name) for name in ("bitsandbytes", "plain torch")),
-        *((group, name) for group in ("quant site", "quant model") for name in ("base", "peft")),
-    }
-    assert result["peft_fast"]["suite"] == "quant" and result["peft_fast"]["versions"]["bitsandbytes"][0].isdigit()
-    rows = report_rows.rows_of(result, "quant model")["train-2x16-int8-fp32"]
-    assert rows["peft"]["peak_bytes_to_base"] > 1
-    reported = run_bench("report", str(out), "--plots", str(tmp_path))
-    assert reported.returncode == 1, reported.stderr
-    assert len(re.findall(r"peft_fast +WRONG", reported.stdout)) == 3
-
-
-def test_every_step_has_its_cases_and_they_have_whole_blocks() -> None:
-    for step in (None, *cases.QUANT_STEPS):
-        for quick, dry in ((False, False), (False, True), (True, False)):
-            session: Any = SimpleNamespace(step=step, quick=quick, dry=dry)
-            found = [case for several in conftest._quant(session).values() for case in several]
-            assert found and len(set(map(str, found))) == len(found)
-            for case in found:
-                if not isinstance(case, cases.QuantModelCase):
-                    assert case.K % 64 == 0 and case.N % 32 == 0
-                assert not (dry and getattr(case, "mode", "") == "graph")
+    for case, captured in (
+        (SITES[0], True), (replace(SITES[0], kind="int8"), False), (replace(SITES[0], M=65), False),
+        (replace(SITES[0], mode="train"), False),
+    ):  # fmt: skip
+        assert bool(layer(case, SESSION).capturable("peft")) == captured
+    assert len(layer.providers(replace(SITES[0], mode="train"), cuda)) == len(layer.providers(SITES[0], CPU)) == 3
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -109,7 +132,7 @@ def test_all_dequantize_the_same_bits_and_one_bit_is_noticed(dtype: str) -> None
 def test_layers_agree_with_fp64_and_wrong_ones_do_not(case: cases.QuantSiteCase) -> None:
     site = quant_sites.make_site(case, CPU, 0)
     plain = quant_sites.outputs("peft", site)
-    for name in quant_sites.providers(case, CPU):
+    for name in quant_sites.QuantLayer.providers(case, CPU):
         exact = quant_sites.exact(site, lora=name != "base")
         out = quant_sites.outputs(name, site)
         same = out if name == "base" else plain
@@ -153,99 +176,54 @@ def test_flops_and_bytes_of_a_quantized_layer() -> None:
 
 @pytest.mark.parametrize("case", MODELS, ids=str)
 def test_models_agree_with_fp64_and_another_adapter_does_not(case: cases.QuantModelCase) -> None:
-    models = quant_models.QuantModels(case, CPU, tiny=True)
-    for name in quant_models.NAMES:
-        out, same, exact = models.checked(name)
-        assert len(out) == (1 if case.mode != "train" else 2 if name == "base" else 2 + 2 * 14)
-        error, share = measure.error_over_budget(out, same, exact, norm=2)
+    subject = quant_models.QuantModel(case, SESSION)
+    for name in subject.providers(case, CPU):
+        found = subject.compared(name)
+        assert len(found.out) == (1 if case.mode != "train" else 2 if name == "base" else 2 + 2 * 14)
+        error, share = subject.error(name)
         assert 0 < error < 0.1 and share <= 1
-    models.runner("peft_fast")(0)
-    dropped = models.outputs("peft_fast")
-    assert torch.equal(dropped[0], out[0]), "the check leaves dropout out, and models as they were"
+    subject.runner("peft_fast")(0)
+    assert torch.equal(subject.outputs("peft_fast")[0], found.out[0]), "dropout stays out, and models as they were"
     with torch.no_grad():
-        for weight in quant_models._adapters(models.models["peft_fast"])[::2]:
+        for weight in adapters(subject.models["peft_fast"])[::2]:
             weight[0] += 0.1
-    out, same, exact = models.checked("peft_fast")
-    assert measure.error_over_budget(out, same, exact, norm=2)[1] > 1
-    models.forget()
-    assert models.truth is None
-    if case.mode == "train":
-        assert models.loss("peft_fast").requires_grad
+    assert subject.error("peft_fast")[1] > 1
+    subject.checked()
+    assert subject.truth is None and not subject._known
+    loss = subject.loss("peft_fast")
+    assert (loss is not None and loss[0]().requires_grad) == (case.mode == "train")
 
 
-def test_a_wrong_one_is_noted_twice() -> None:
-    result, session = Measured(), SimpleNamespace(wrong=[])
-    info = {"case": "c", "group": "quant site", "provider": "peft_fast"}
-    assert right(result, session, info, 0.1, 1.0) and not session.wrong  # type: ignore[arg-type]
-    assert not right(result, session, info, 0.1, 1.01)  # type: ignore[arg-type]
-    assert session.wrong == [{**info, "error": 0.1, "error_over_budget": 1.01}] == list(result.info.values())
+@pytest.mark.parametrize("case", TEXTS, ids=str)
+def test_generated_text_agrees_with_fp64_and_another_adapter_is_noticed(case: cases.GenerateCase) -> None:
+    subject = generate_models.LoraGeneration(case, SESSION)
+    for name in subject.providers(case, CPU):
+        found = subject.compared(name)
+        assert len(found.out) == case.rows and all(1 <= len(row) <= case.new for row in found.exact)
+        error, share = subject.error(name)
+        assert 0 < error < 0.1 and share <= 1
+        tokens = subject.runner(name)(0)
+        assert torch.equal(tokens[:, case.tokens :], subject.outputs(name).tokens)
+    with torch.no_grad():
+        *_, (_, layer) = generate_models.lora_sites_of(subject.models["peft_fast"])
+        layer.lora_B[subject.adapters[-1]].weight.mul_(2)
+    out, same, exact = subject.compared("peft_fast")
+    rows = [measure.error_over_budget([o], [s], [e], norm=2)[1] > 1 for o, s, e in zip(out, same, exact, strict=True)]
+    assert rows == [name == subject.adapters[-1] for name in case.names], "only the rows that have this adapter"
+    assert measure.error_over_budget(*subject.compared("base"), norm=2)[1] <= 1, "the truth is as it was"
 
 
-def test_committed_results_of_quantized_bases_are_of_a_whole_run_and_right() -> None:
-    result = committed("quant")
-    if result is None:
-        return
-    assert not result["wrong"] and not result["peft_fast"]["quick"] and report_rows.suite_of(result) == "quant"
-    groups = ("quant weight", "quant site", "quant model")
-    assert {case for group in groups for case in report_rows.rows_of(result, group)} == set(report_quant.CASES)
+def test_a_row_with_anothers_adapter_is_noticed() -> None:
+    subject = generate_models.LoraGeneration(TEXTS[1], SESSION)
+    names, subject.named = subject.case.names, lambda name: {"adapter_names": names[1:] + names[:1]}  # type: ignore
+    ours = subject.outputs("peft_fast")
+    del subject.named
+    found = generate_models.up_to_another_choice(ours, subject.outputs("peft"), subject.exact(lora=True))
+    assert measure.error_over_budget(*found, norm=2)[1] > 1
 
 
-def a_quant_result(ratio: float) -> dict[str, Any]:
-    """A result file of ``--suite quant``, with peft at twice the base and peft_fast at ``ratio``, made up."""
-    benchmarks = []
-    for name, case in report_quant.CASES.items():
-        times = {"base": 1.0, "peft": 2.0, "peft_fast": ratio}
-        group = "quant model" if isinstance(case, cases.QuantModelCase) else "quant site"
-        if isinstance(case, cases.QuantWeightCase):
-            group, times = "quant weight", {"bitsandbytes": 2.0, "plain torch": 8.0, "peft_fast": 2.0}
-        for provider, over in times.items():
-            info: dict[str, Any] = {"group": group, "case": name, "provider": provider, "error": 0.01}
-            if group == "quant model" and "train" in name:
-                info |= {"peak_bytes": 1e8 * over, "peak_bytes_to_base": over}
-            if provider not in ("base", "bitsandbytes") and "base" in times:
-                info["ratio_to_base"] = {"median": over, "low": over, "high": over}
-            if provider == "peft_fast" and "peft" in times:
-                info["ratio_to_peft"] = {"median": over / 2, "low": over / 2, "high": over / 2}
-            if provider == "peft_fast" and group == "quant weight":
-                info |= {"strongest": "bitsandbytes", "ratio_to_strongest": {"median": 1.0, "low": 0.9, "high": 1.1}}
-            benchmarks.append({"extra_info": info, "stats": {"median": 0.01 * over}})
-    about = {**a_result()["peft_fast"], "suite": "quant", "versions": {"torch": "2.13.0", "bitsandbytes": "0.50.2"}}
-    return {"benchmarks": benchmarks, "wrong": [], "peft_fast": about}
-
-
-def test_the_report_shows_what_was_met_and_missed(tmp_path: Path) -> None:
-    printed = report.side_by_side(a_quant_result(2.5))
-    assert "MISSED  train-8x128-nf4-fp32: 0.80 times as fast as peft, must 1.0" in printed
-    assert "dequantize-4096x4096-bf16: 1.00 (0.90..1.10) of the time of bitsandbytes" in printed
-    assert printed.count("MISSED") == 3 and "MISSED" not in report.side_by_side(a_quant_result(2.0))
-    table = "\n".join(report_quant.lines(a_quant_result(1.5)))
-    step = "NF4, 8 x 128 tokens, bf16 autocast, dropout 0.05"
-    assert f"| QLoRA step, {step} | 10 ms | 2.00x | - | 1.50x | 0.75 |" in table
-    assert f"| growth of memory in the QLoRA step, {step} | 100 MB | 2.00x | - | 1.50x | 0.75 |" in table
-    assert "| one token, NF4, bf16 | 10 ms | 2.00x | - | 1.50x | 0.75 |" in table
-    assert "| one layer 1024 x 1024, NF4, forward, one token, fp32 | 10 ms | 2.00x | - | 1.50x | 0.75 |" in table
-    assert "| dequantizing NF4, 4096 x 4096, to bf16 | - | 20 ms | 80 ms | 20 ms | 1.00 |" in table
-    assert table.count("\n| ") == len(report_quant.CASES) + 3  # with those of memory
-    pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib")
-    drawn = report.draw(a_quant_result(1.5), tmp_path, "cpu-quant")
-    assert sorted(path.name for path in drawn) == ["cpu-quant-model.png", "cpu-quant-site.png"]
-    for path in drawn:
-        assert f"../bench/results/{path.name})" in table
-
-
-def test_the_headlines_show_the_worst_ratio_once() -> None:
-    def lines(ratio: float) -> list[str]:
-        found = report_pages.headlines({**dict.fromkeys(report_pages.SUITES), "quant": a_quant_result(ratio)})
-        assert found[-1] == "CPU: some CPU, 1 thread, torch 2.13.0, bitsandbytes 0.50.2."
-        return [line for line in found if line.startswith("| quantized base: ")]
-
-    better, worse = lines(1.5), lines(2.5)
-    assert len(better) == 6 and "dequantizing NF4" in better[-1] and better[-1].endswith("| 1.00 |")
-    assert len(worse) == 5, "the worst is among the others"
-    assert [line.split(", ")[0].removeprefix("| quantized base: ") for line in worse] == [
-        "QLoRA step", "QLoRA step", "training step", "growth of memory in the QLoRA step", "one token",
-    ]  # fmt: skip
-    both = {**dict.fromkeys(report_pages.SUITES), "lora": a_quant_result(1.5), "quant": a_quant_result(1.5)}
-    del both["lora"]["peft_fast"]["versions"]["bitsandbytes"]  # type: ignore[index]
-    both["lora"]["benchmarks"] = []  # type: ignore[index]
-    assert report_pages.headlines(both)[-1].count("some CPU") == 1
+def test_the_active_adapter_is_that_of_one_and_names_are_those_of_several() -> None:
+    subject = generate_models.LoraGeneration(TEXTS[0], SESSION)
+    assert subject.named("peft_fast") == {} and subject.adapters == ["a0"]
+    subject.case = TEXTS[1]
+    assert subject.named("peft") == {"adapter_names": ["a0", "a1", "a0"]} and subject.named("base") == {}

@@ -121,3 +121,23 @@ def test_inductor() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     layer.train()
     assert compiled(torch.randn(5, 16)).isfinite().all()
+
+
+@pytest.mark.parametrize("opaque", [False, True], ids=["fused", "opaque base"])
+def test_inference_on_a_cpu_leaves_no_operator_that_a_compiler_cannot_look_into(opaque: bool) -> None:
+    """The formula itself is in the graph, so that it is fused; with gradients the operator is."""
+    model = ours(nn.Sequential(nn.Linear(8, 6)), "default", r=4, target_modules=["0"])
+    layer: Any = model.model[0]
+    randomize(model)
+    if opaque:
+        layer.base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    targets: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op.startswith("call"))
+        return graph.forward
+
+    x = torch.randn(5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
+    assert targets and not any("peft_fast" in target for target in targets)

@@ -248,7 +248,7 @@ def test_launches() -> None:
     eager = step(LLAMA, Workload(1, graph=False), PLAIN)
     launches = 32 * 40 + 3
     assert eager.launches == launches and eager.bound == "launches"
-    assert eager.total == pytest.approx(launches * planner.EAGER_LAUNCH_SECONDS)  # the host is the slower one
+    assert eager.total == pytest.approx(launches * PLAIN.eager_launch_seconds)  # the host is the slower one
     busy = Workload(64, tokens=512)
     assert step(LLAMA, replace(busy, graph=False), PLAIN).total == pytest.approx(step(LLAMA, busy, PLAIN).total)
 
@@ -317,6 +317,7 @@ def test_the_plan_uses_it_for_every_operation(monkeypatch: pytest.MonkeyPatch) -
 def test_measured_ceilings() -> None:
     ceilings = {"bytes": 2.5e10, "bf16": 2e11, "fp32": 1e11, "call": 1e-6}  # as a result file has them
     machine = Machine.measured("this CPU", ceilings)
+    assert machine.launch_seconds == machine.eager_launch_seconds == 1e-6
     assert predicted_seconds(0, ceilings["bytes"], machine) == (pytest.approx(1), "memory")
     assert predicted_seconds(ceilings["fp32"], 0, machine, "fp32") == (pytest.approx(1), "compute")
     with pytest.raises(ValueError, match="no rate for 'fp16', only for bf16, fp32"):

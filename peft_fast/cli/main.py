@@ -88,6 +88,14 @@ def build_parser() -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     plan_command.add_to(plan)
+    bench = commands.add_parser(
+        "bench",
+        help="measure this machine: peft_fast beside the base, peft, torch.compile and the roofline (needs a checkout)",
+        description=bench_command.DESCRIPTION,
+        epilog=bench_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench_command.add_to(bench)
     _add_run(commands)
     return parser
 
@@ -255,6 +263,7 @@ COMMANDS = {
     "generate": _generate,
     "train": _train,
     "plan": _plan,
+    "bench": bench_command.run,
     "run": _run,
 }
 

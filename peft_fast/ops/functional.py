@@ -62,7 +62,8 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
     name = requested("lora_linear", implementation)
-    if _plain_inference(x, dropout_p, name) and b.shape[0] == w.shape[0]:
+    plain = _plain_inference(x, dropout_p, name)
+    if plain and b.shape[0] == w.shape[0] and not torch.compiler.is_compiling():
         # The checks below cost as much as one token's update: they are made only when torch refuses.
         try:
             return reference.lora_linear(x, w, bias, a, b, scaling)
@@ -82,6 +83,8 @@ def lora_linear(
     if w.dtype != x.dtype:
         raise TypeError(f"lora_linear: x and w must have one dtype, got {x.dtype} and {w.dtype}")
     _check_base("lora_linear", x, w, bias)
+    if plain:
+        return reference.lora_linear(x, w, bias, a, b, scaling)  # a compiler fuses it, an operator it would only call
     args = (x.reshape(-1, x.shape[-1]), w, bias, a, b, scaling, dropout_p, seed, name)
     y: Tensor = _lora_linear(*args) if torch.is_grad_enabled() else linear_fwd(*args)[0]
     return y.view(*x.shape[:-1], N)
@@ -307,7 +310,6 @@ def _plain_inference(x: Tensor, p: float, name: str) -> bool:
         and not torch.is_grad_enabled()
         and (name == "auto" or name == "torch")
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
     )
 
 

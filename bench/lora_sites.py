@@ -1,15 +1,19 @@
-"""Who is measured at a linear site, on the same numbers: the frozen base, plain torch, peft, peft_fast."""
+"""One linear layer with LoRA, on the same numbers: the frozen base, plain torch, peft, peft_fast."""
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .cases import OpCase
+from .subject import Compared, Subject, TakesNoPart, Work
+
+if TYPE_CHECKING:
+    from .session import Session
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SCALING = 2.0
@@ -106,10 +110,20 @@ def _forced(implementation: str) -> Callable[..., nn.Module]:
     return build
 
 
+def _compiled(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def compiled(w: Tensor, a: Tensor, b: Tensor, case: OpCase) -> nn.Module:
+        layer: nn.Module = torch.compile(build(w, a, b, case), dynamic=False)  # type: ignore[assignment]
+        return layer
+
+    return compiled
+
+
 PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor, OpCase], nn.Module]] = {
     "base": _base,
     "plain torch": _Plain,
+    "plain torch compiled": _compiled(_Plain),
     "peft": _library("peft"),
+    "peft compiled": _compiled(_library("peft")),
     "peft_fast": _library("peft_fast"),
 }
 KERNELS = {f"peft_fast:{name}": _forced(name) for name in ("torch", "one_launch", "split")}
@@ -171,3 +185,60 @@ def runner(provider: str, site: Site) -> Callable[[int], Any]:
     for layer in all_layers:
         layer.train()
     return step
+
+
+class LoraSite(Subject):
+    """An ``OpCase``. On a GPU each implementation takes part by force too: the table of choices is made from that."""
+
+    group = "one layer"
+
+    def __init__(self, case: OpCase, session: "Session") -> None:
+        super().__init__(case, session)
+        self.site = make_site(case, session.device, session.cache_bytes)
+        self.memory = case.mode == "train"
+        self._plain = outputs(layers("plain torch", self.site)[0], self.site)
+        self._exact = {lora: exact(self.site, lora) for lora in (False, True)}
+
+    @classmethod
+    def providers(cls, case: OpCase, device: torch.device) -> Sequence[str]:
+        names = [name for name in PROVIDERS if case.compiled or not name.endswith(" compiled")]
+        return [*names, *(KERNELS if device.type == "cuda" else ())]
+
+    def compared(self, name: str) -> Compared:
+        lora = name != "base"
+        try:
+            out = outputs(layers(name, self.site)[0], self.site)
+        except ValueError as error:
+            if name in KERNELS and name.split(":")[1] in str(error):
+                raise TakesNoPart(str(error)) from error  # a forced kernel says that it is not for this size
+            raise
+        except RuntimeError as error:
+            raise without_compiler(name, error) from error
+        return Compared(out, self._plain if lora else out, self._exact[lora])
+
+    def checked(self) -> None:
+        self._plain, self._exact = [], {}
+
+    def runner(self, name: str) -> Callable[[int], Any]:
+        return runner(name, self.site)
+
+    def work(self, name: str) -> Work:
+        lora, passes = name != "base", 3 if self.case.mode == "train" else 1
+        return Work(self.case.flops(lora), self.case.bytes(lora), self.case.dtype, (4 if lora else 1) * passes)
+
+    def capturable(self, name: str) -> int:
+        return max(4, len(self.site.copies)) if self.case.mode == "fwd" and self.case.M <= 64 else 0
+
+    def tokens(self) -> int:
+        return int(self.case.M)
+
+    def close(self) -> None:
+        torch.compiler.reset()
+
+
+def without_compiler(name: str, error: RuntimeError) -> Exception:
+    """What to raise: a compiled rival takes no part where torch.compile finds no compiler to work with."""
+    known = any(word in str(error) for word in ("compiler", "Compiler", "triton"))
+    if name.endswith(" compiled") and known:
+        return TakesNoPart(f"torch.compile does not work here: {str(error).splitlines()[0]}")
+    return error
