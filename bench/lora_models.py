@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 NAMES = ("base", "peft", "peft_fast")
 RANK = 16
+_PLANNED = (  # what of a configuration peft_fast.plan reads
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"),
+)
 
 
 def base_model(hidden: int = 512, layers: int = 8, kv_heads: int = 8) -> nn.Module:
@@ -224,7 +228,8 @@ def planned(config: Any, name: str, workload: dict[str, Any], adapters: dict[str
     """What peft_fast.plan predicts this model's time from, for the providers that it speaks for."""
     if name not in ("base", "peft_fast"):
         return {}
-    return {"plan": {"config": config.to_dict(), "workload": workload | (adapters if name == "peft_fast" else {})}}
+    sizes = {key: value for key, value in config.to_dict().items() if key in _PLANNED}
+    return {"plan": {"config": sizes, "workload": workload | (adapters if name == "peft_fast" else {})}}
 
 
 def lora_sites_of(model: nn.Module) -> Iterator[tuple[str, Any]]:

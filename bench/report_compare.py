@@ -67,7 +67,8 @@ def _moved(old: tuple[dict[str, Any], Row] | None, new: tuple[dict[str, Any], Ro
     about, info = new or old or ({}, {})
     before, after = old[1] if old else {}, new[1] if new else {}
     times = _time(before), _time(after)
-    ratios = spread_of(before, "ratio_to_base"), spread_of(after, "ratio_to_base")
+    to = "ratio_to_base" if "ratio_to_base" in after else "ratio_to_peft"  # of what has no base, as management
+    ratios = spread_of(before, to), spread_of(after, to)
     comparable = old is not None and new is not None and all(old[0].get(k) == new[0].get(k) for k in _MACHINE)
     before_judged, now_judged = ratios if all(ratios) else times if comparable else (None, None)
     mark = "gone" if new is None else "new" if old is None else _wrongness(before, after)

@@ -12,9 +12,10 @@ README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 RESULTS = Path(__file__).parent / "results"
 NOT_YET = "not measured yet"
-# suite -> the cases that README.md shows beside the one with the worst ratio; "memory CASE": growth of memory
+# suite -> the cases that README.md shows beside the one with the worst ratio; "memory CASE": growth of memory;
+# "compiled CASE": both libraries under torch.compile
 HEADLINES = {
-    "lora": ("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16"),
+    "lora": ("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16", "compiled lora-fwd-1x1-bf16"),
     "mixed": ("mixed-32x1-32of32-bf16-adapters", "mixed-8x1-1of100-fp32", "load_adapter-as-number-100"),
     "prefix": ("train-8x128-P1024-fp32", "decode-8x256-P128-fp32"),
     "quant": ("quant-fwd-8x128-nf4-bf16",),
@@ -89,6 +90,8 @@ def entries(result: dict[str, Any]) -> dict[str, Entry]:
             if ratio is None:
                 continue
             found[case] = _entry(row, ratio.median)
+            if "peft compiled" in row and "peft_fast compiled" in row:
+                found[f"compiled {case}"] = _compiled_entry(row)
             if all("peak_bytes" in row.get(who, {}) for who in ("base", "peft", "peft_fast")):
                 memory[f"memory {case}"] = _memory_entry(row)
     return found | memory
@@ -101,6 +104,16 @@ def _entry(row: dict[str, dict[str, Any]], ratio: float) -> Entry:
     peft = _multiple(row["peft"]) if "peft" in row else "-"
     best = f"{_multiple(row[strongest])} {strongest}" if strongest != "peft" else peft
     return Entry(words_of(ours), base, peft, best, _multiple(ours), f"{ratio:.2f}", ratio)
+
+
+def _compiled_entry(row: dict[str, dict[str, Any]]) -> Entry:
+    """Both libraries under torch.compile, beside the base without."""
+    theirs, ours = row["peft compiled"], row["peft_fast compiled"]
+    medians = [spread_of(info, "ratio_to_base") for info in (ours, theirs)]
+    ratio = medians[0].median / medians[1].median if medians[0] and medians[1] else float("nan")
+    cells = (_multiple(theirs), _multiple(theirs), _multiple(ours))
+    words = f"{words_of(ours)}, both libraries compiled"
+    return Entry(words, time_in_words(row["base"]["median"]), *cells, f"{ratio:.2f}", ratio)
 
 
 def _multiple(info: dict[str, Any]) -> str:

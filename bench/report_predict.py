@@ -5,6 +5,7 @@ A layer's time is predicted from its flops and bytes; a whole model's step from 
 as the cost of a launch.
 """
 
+import dataclasses
 import statistics
 from typing import Any, NamedTuple
 
@@ -50,6 +51,11 @@ def _predicted(info: dict[str, Any], machine: plan.Machine) -> tuple[float, floa
     """(predicted, measured, bound)."""
     if "plan" in info:
         model = plan.Model.from_config(info["plan"]["config"])
+        if info["dtype"] == "fp32":  # the plan's models are in bf16: twice its bytes, at the other rate
+            rates = {"bf16": machine.flops_per_second["fp32"]}
+            machine = dataclasses.replace(
+                machine, bytes_per_second=machine.bytes_per_second / 2, flops_per_second=rates
+            )
         step = plan.step(model, plan.Workload(**info["plan"]["workload"], graph=False), machine)
         return step.total, info["median"], step.bound
     if "roofline_seconds" in info:

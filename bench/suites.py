@@ -322,5 +322,8 @@ def gpu_cases(suite: str, quick: bool) -> tuple[Any, ...]:
 
 
 def _distinct(cases: Iterable[Any]) -> list[Any]:
-    """Each once, by its name, at its first place."""
-    return list({str(case): case for case in reversed(list(cases))}.values())[::-1]
+    """Each once, by its name, the first of those that have it."""
+    found: dict[str, Any] = {}
+    for case in cases:
+        found.setdefault(str(case), case)
+    return list(found.values())

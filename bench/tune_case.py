@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import interleaved
+from .measure import graphed, interleaved
 
 Size = tuple[int, int, int, int]  # M, N, K, R
 SCALING = 2.0
@@ -114,7 +114,7 @@ def timings(calls: dict[str, Callable[[int], Any]], count: int, setting: Setting
     if setting.device.type != "cuda" or not graph:
         rounds = interleaved(calls, setting.device, setting.seconds, setting.min_rounds)
     else:
-        replays = {name: _captured(call, count) for name, call in calls.items()}
+        replays = {name: graphed(call, count) for name, call in calls.items()}
         rounds = interleaved(replays, setting.device, setting.seconds, setting.min_rounds)
         rounds = {name: [seconds / count for seconds in times] for name, times in rounds.items()}
         del replays
@@ -136,20 +136,6 @@ def median(times: Times, name: str) -> float:
 
 def _quartiles(values: list[float]) -> list[float]:
     return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-
-
-def _captured(call: Callable[[int], Any], count: int) -> Callable[[int], Any]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for i in range(3):
-            call(i)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(count):
-            call(i)
-    return lambda i: graph.replay()
 
 
 @contextmanager

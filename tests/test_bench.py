@@ -248,7 +248,11 @@ def test_gpu_sh_knows_every_step_and_passes_over_what_is_there(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("step", "only"), [("backward", "o-M64"), ("mixed", "mixed-o-M8-4"), ("decode-mixed", "decode"), ("ceilings", "")]
+    ("step", "only"),
+    [
+        *[("backward", "o-M64"), ("mixed", "mixed-o-M8-4"), ("decode-mixed", "decode"), ("ceilings", "")],
+        *[("prefix-decode", "P20"), ("quant-linear", "q-M4"), ("decode-prefix", "decode"), ("train-quant", "int8")],
+    ],
 )
 def test_a_step_of_the_gpu_campaign_runs_dry(step: str, only: str, tmp_path: Path) -> None:
     ran = run_bench("run", "--step", step, "--dry", "--out", str(tmp_path), *(["--only", only] if only else []))
@@ -256,7 +260,8 @@ def test_a_step_of_the_gpu_campaign_runs_dry(step: str, only: str, tmp_path: Pat
     result = json.loads((tmp_path / f"{step}.json").read_text())
     assert result["peft_fast"]["dry"] and not result["wrong"]
     for group in report_rows.groups_of(result):
-        assert all({"base", "peft", "peft_fast"} <= set(row) for row in report_rows.rows_of(result, group).values())
+        rows = report_rows.rows_of(result, group)
+        assert all({"base", "peft_fast"} <= set(row) and {"peft", "concatenated"} & set(row) for row in rows.values())
 
 
 # ------------------------------------------------------------------------------------------------------ what a case is
@@ -459,6 +464,9 @@ def test_lines_of_memory_and_of_the_strongest() -> None:
     found = report_pages.entries(result)
     cells = ("words of a-case", "500 ms", "1.80x", "1.50x plain torch compiled", "1.20x", "0.80")
     assert found["a-case"].cells == cells
+    result["benchmarks"] += [a_row("a-case", "peft compiled", 1.5), a_row("a-case", "peft_fast compiled", 0.9)]
+    compiled = ("words of a-case, both libraries compiled", "500 ms", "1.50x", "1.50x", "0.90x", "0.60")
+    assert report_pages.entries(result)["compiled a-case"].cells == compiled
     assert found["memory a-case"].cells == ("memory of: words of a-case", "1 MB", "3.00x", "3.00x", "1.50x", "0.50")
 
 
