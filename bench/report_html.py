@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from . import report_compare, report_scaling
+from . import report_compare, report_predict, report_scaling
 from .report_css import CSS
 from .report_plots import figures
 from .report_rows import Files, all_rows, groups_of, rows_of, words_of
@@ -41,6 +41,7 @@ def write(files: Files, path: Path, compared: Files | None = None) -> None:
     for number, (kind, drawn) in enumerate(figures(files).items()):
         sections.append((kind, lambda number=number, drawn=drawn: _figures(number, drawn)))  # type: ignore[misc]
     sections.append(("Scaling", lambda: _scaling(files)))
+    sections.append(("Predictions", lambda: _predictions(files)))
     sections.append(("How it was measured", lambda: f"<ol>{''.join(f'<li>{escape(line)}</li>' for line in HOW)}</ol>"))
     links = "".join(f'<a href="#s{i}">{escape(title)}</a>' for i, (title, _) in enumerate(sections))
     body = "\n".join(
@@ -169,6 +170,18 @@ def _scaling(files: Files) -> str:
         head = ("sweep", *report_scaling.HEAD)
         parts.append(f"<h3>time over {escape(axis)}</h3>\n{table(head, rows, words=(0, 1, len(head) - 1))}")
     return told + "\n".join(parts)
+
+
+def _predictions(files: Files) -> str:
+    rows = report_predict.summary(report_predict.predictions(files))
+    if not rows:
+        return "<p class=soft>No case in this run whose work is counted.</p>"
+    lead = (
+        "What peft_fast.plan predicts at the machine's ceilings, beside what was measured: below 0 it was too fast. "
+        "The printed report has every row."
+    )
+    head = ("cases", "provider", "rows", "median error", "quartiles")
+    return f"<p class=soft>{lead}</p>" + table(head, [[cell(text) for text in row] for row in rows], words=(0, 1))
 
 
 def _figures(number: int, drawn: list[Any]) -> str:

@@ -37,6 +37,7 @@ def predictions(files: Files) -> list[Prediction]:
     return [
         Prediction(info["group"], words_of(info), info["provider"], *found)
         for result in files.values()
+        if "bytes" in result["peft_fast"].get("ceilings", {})
         for info in all_rows(result)
         if info["provider"] in SPEAKS_FOR and not info.get("wrong")
         and (found := _predicted(info, _machine(result["peft_fast"]))) is not None
@@ -58,7 +59,7 @@ def _predicted(info: dict[str, Any], machine: plan.Machine) -> tuple[float, floa
             )
         step = plan.step(model, plan.Workload(**info["plan"]["workload"], graph=False), machine)
         return step.total, info["median"], step.bound
-    if "roofline_seconds" in info:
+    if {"flops", "bytes", "dtype"} <= info.keys() and info["dtype"] in machine.flops_per_second:
         seconds, bound = plan.predicted_seconds(
             info["flops"], info["bytes"], machine, info["dtype"], info.get("launches", 1)
         )

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -156,12 +157,40 @@ def test_an_installed_package_says_that_it_needs_a_checkout(
     assert cli_main(["bench", "--quick"]) == 1
     assert "clone of the repository" in capsys.readouterr().err
     monkeypatch.chdir(ROOT / "docs")  # but a clone around us will do
-    called: list[Any] = []
-    monkeypatch.setattr(subprocess, "call", lambda command, cwd: called.append((command, cwd)) or 7)
+    started = []
+
+    class Process:
+        def __init__(self, command: list[str], cwd: Path) -> None:
+            started.append((command, cwd))
+
+        def wait(self, timeout: float | None = None) -> int:
+            return 7
+
+    monkeypatch.setattr(subprocess, "Popen", Process)
     assert cli_main(["bench", "--suite", "quant", "--out", "there", "--compare", "before"]) == 7
-    ((command, cwd),) = called
+    ((command, cwd),) = started
     assert cwd == ROOT and command[2:6] == ["bench", "run", "--suite", "quant"]
     assert command[-4:] == ["--out", str(ROOT / "docs/there"), "--compare", str(ROOT / "docs/before")]
+
+
+def test_stopped_by_ctrl_c(tmp_path: Path) -> None:
+    """As a terminal does it: the signal goes to all of the group."""
+    command = [sys.executable, "-m", "peft_fast", "bench", "--quick", "--suite", "lora", "--out", str(tmp_path)]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=inherited,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "measuring: lora\n"
+    os.killpg(process.pid, signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and f"stopped in lora; finished files stay in {tmp_path}" in told
+    assert not list(tmp_path.glob("*.json")) and not list(tmp_path.glob(".*"))
 
 
 def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,16 @@ def run(args: argparse.Namespace) -> int:
     command = [sys.executable, "-m", "bench", "run", "--suite", args.suite, "--device", args.device]
     command += ["--out", str(args.out.absolute())] + ["--quick"] * args.quick + ["--show"] * args.show
     command += ["--compare", str(args.compare.absolute())] if args.compare else []
-    return subprocess.call(command, cwd=root)
+    process = subprocess.Popen(command, cwd=root)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:  # Ctrl-C reached it too: it tidies up and says what stays
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        return 130
 
 
 def _checkout() -> Path:
