@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import report_compare, report_csv, report_predict, report_scaling
 from .report_pages import committed, pages
-from .report_rows import Files, all_rows, groups_of, load, rows_of, spread_of, time_in_words, where, words_of
+from .report_rows import all_rows, groups_of, load, rows_of, spread_of, time_in_words, where, words_of
 
 HERE = Path(__file__).parent
 CPU = HERE / "results" / "cpu"  # the committed baseline
@@ -30,17 +31,21 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def report(folder: Path, compare: Path | None = None) -> int:
-    """Print everything; write results.csv and report.html into the folder. Returns the exit code of ``run``."""
+def report(folder: Path, compare: Path | None = None, only: Sequence[str] = ()) -> int:
+    """Print; write results.csv and report.html of the whole folder into it. Returns the exit code of ``run``.
+
+    only: the files to print, by name without ".json"; none: all.
+    """
     try:
         files, old = load(folder), None if compare is None else load(compare)
     except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    for result in files.values():
+    shown = {name: result for name, result in files.items() if not only or name in only}
+    for result in shown.values():
         print("\n".join(side_by_side(result)), end="\n\n")
-    print("\n".join([*report_scaling.lines(report_scaling.fits(files)), ""]))
-    print("\n".join(report_predict.lines(report_predict.predictions(files))))
+    print("\n".join([*report_scaling.lines(report_scaling.fits(shown)), ""]))
+    print("\n".join(report_predict.lines(report_predict.predictions(shown))))
     if old is not None:
         print("\n".join(["", *report_compare.lines(old, files)]))
     report_csv.write(files, folder / "results.csv")
@@ -99,8 +104,3 @@ def _targets(result: dict[str, Any]) -> list[str]:
             faster = f"{to_peft.inverse.median:.2f} times as fast as peft, must {info['must']}"
             lines.append(f"{verdict} {words_of(info)}: {faster}")
     return lines
-
-
-def files_of(folder: Path) -> Files:
-    """The result files of a folder, none if there is none."""
-    return load(folder) if any(folder.glob("*.json")) else {}

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"stopped in {name}; finished files stay in {out}", file=sys.stderr)
             return 130
         failed += [name] * (status != 0)
-    told = report.report(out, args.compare) if any(out.glob("*.json")) else 1
+    told = report.report(out, args.compare, names) if any(out.glob("*.json")) else 1
     if failed:
         print(f"failed, or wrong results: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else told

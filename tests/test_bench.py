@@ -546,6 +546,15 @@ def test_the_report_says_which_targets_were_met() -> None:
     assert "MISSED  words of a-case: 1.40 times the base" in "\n".join(report.side_by_side(a_result(ratio=1.4)))
 
 
+def test_a_run_prints_its_own_and_the_page_has_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("lora", "mixed"):
+        (tmp_path / f"{name}.json").write_text(json.dumps(a_result(name, case=f"case-of-{name}")))
+    assert report.report(tmp_path, only=["mixed"]) == 0
+    printed = capsys.readouterr().out
+    assert "words of case-of-mixed" in printed and "case-of-lora" not in printed
+    assert all(f"words of case-of-{name}" in (tmp_path / "report.html").read_text() for name in ("lora", "mixed"))
+
+
 def test_predictions_stand_beside_measurements() -> None:
     result = a_result()
     base, _, ours = (row["extra_info"] for row in result["benchmarks"])
