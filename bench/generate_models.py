@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .cases import GenerateCase
-from .lora_models import NAMES, RANK, base_model, lora_sites_of
+from .lora_models import NAMES, RANK, base_model, lora_sites_of, same_adapters
 from .lora_sites import DTYPES, SCALING
 from .mixed_cases import add_updates
 from .quant_models import in_double, quantized_models
@@ -60,19 +60,6 @@ def with_adapters(library: str, base: Any, names: Sequence[str]) -> Any:
     for name in names[1:]:
         model.add_adapter(name, config)
     return model.eval()
-
-
-def same_adapters(models: dict[str, Any], names: Sequence[str]) -> None:
-    """Random numbers, the same in both libraries."""
-    generator = torch.Generator().manual_seed(1)
-    ours = dict(lora_sites_of(models["peft_fast"]))
-    with torch.no_grad():
-        for site, layer in lora_sites_of(models["peft"]):
-            for name in names:
-                for part in ("lora_A", "lora_B"):
-                    weight = getattr(layer, part)[name].weight
-                    weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
-                    getattr(ours[site], part)[name].weight.copy_(weight)
 
 
 class LoraGeneration(Subject):

@@ -75,13 +75,7 @@ def make_models(case: ModelCase, device: torch.device, tiny: bool = False) -> di
             copy.deepcopy(base, {id(p): p for p in base.parameters()}), config,
             autocast_adapter_dtype=case.adapters == "default",
         )  # fmt: skip
-    generator = torch.Generator().manual_seed(1)
-    ours = dict(models["peft_fast"].named_parameters())
-    with torch.no_grad():
-        for key, weight in models["peft"].named_parameters():
-            if "lora_" in key:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.05)
-                ours[key].copy_(weight)
+    same_adapters(models)
     for model in models.values():
         model.train(case.mode == "train")
     return models
@@ -97,21 +91,111 @@ def products(model: nn.Module) -> list[Tensor]:
     return [weight for name, weight in model.named_parameters() if "embed" not in name and weight.ndim == 2]
 
 
-class LoraModel(Subject):
-    """A ``ModelCase``. Truth is the formula in fp64; peft's own error in the case's dtype sets the budget."""
+def same_adapters(models: dict[str, Any], names: Sequence[str] = ("default",)) -> None:
+    """Random numbers for peft's adapters, and the same for peft_fast's."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name in names:
+            for theirs, ours in zip(*(adapters(models[who], name) for who in NAMES[1:]), strict=True):
+                theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.05)
+                ours.copy_(theirs)
+
+
+def exact_outputs(truth: Any, adapted: Any, given: dict[str, Tensor], lora: bool) -> list[Tensor]:
+    """Logits of a model in fp64, with labels all gradients too; with LoRA by the formula, of no library's layers.
+
+    truth: the base in fp64.    adapted: a model whose adapters take part.    given: its inputs, in any dtype.
+    """
+    train = "labels" in given
+    given = {name: value.detach() for name, value in given.items()}
+    x = given["inputs_embeds"] = given["inputs_embeds"].double().requires_grad_(train)
+    leaves, hooks = [], []
+    for site, layer in lora_sites_of(adapted) if lora else ():
+        a, b = (w.detach().double().requires_grad_(train) for w in adapters(layer))
+        leaves += [a, b]
+
+        def add(module: nn.Module, args: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
+            return y + SCALING * (args[0] @ a.T) @ b.T
+
+        hooks.append(truth.get_submodule(site).register_forward_hook(add))
+    try:
+        with torch.set_grad_enabled(train):
+            output = truth(**given)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [output.logits.detach(), *(torch.autograd.grad(output.loss, [x, *leaves]) if train else ())]
+
+
+class ModelSubject(Subject):
+    """A model under both libraries. Truth is fp64 by the formula; peft's own error in the dtype sets the budget.
+
+    A subclass has ``models`` by library, ``outputs(name)`` and ``exact(lora)``, each made once for all providers.
+    """
 
     norm = 2
+    models: dict[str, Any]
+
+    def __init__(self, case: Any, session: "Session") -> None:
+        super().__init__(case, session)
+        self.group = "training step" if case.mode == "train" else "model"
+        self.memory = case.mode == "train"
+        self._known: dict[str, list[Tensor]] = {}
+
+    def inputs(self, library: str, rows: int) -> dict[str, Tensor]:
+        """Embedded random tokens, so that every model has a gradient to bring back to its input, and labels."""
+        generator = torch.Generator().manual_seed(2)
+        model = self.models[library]
+        shape = (rows, self.case.tokens)
+        ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(self.device)
+        embedded = model.get_input_embeddings()(ids).detach()
+        if self.case.mode != "train":
+            return {"inputs_embeds": embedded}
+        return {"inputs_embeds": embedded.requires_grad_(), "labels": ids}
+
+    @property
+    def checked_rows(self) -> int:
+        """All, so that what is compared is the call that is timed; of the large model what fits in fp64."""
+        return min(self.case.rows, 2) if self.case.size == "8b" else self.case.rows
+
+    def outputs(self, name: str) -> list[Tensor]:
+        """Logits, and in training the gradients of the input and of a and b of every site, without dropout."""
+        raise NotImplementedError
+
+    def exact(self, lora: bool) -> list[Tensor]:
+        """The same in fp64."""
+        raise NotImplementedError
+
+    def compared(self, name: str) -> Compared:
+        """Of the base it is its own error that counts."""
+        like = "base" if name == "base" else "peft"
+        for key, make in ((like, lambda: self.outputs(like)), (f"exact {like}", lambda: self.exact(like == "peft"))):
+            if key not in self._known:
+                self._known[key] = make()
+        try:
+            out = self._known[name] if name == like else self.outputs(name)
+        except RuntimeError as error:
+            raise without_compiler(name, error) from error
+        return Compared(out, self._known[like], self._known[f"exact {like}"])
+
+    def checked(self) -> None:
+        self._known.clear()
+
+    def tokens(self) -> int:
+        return int(self.case.rows * self.case.tokens)
+
+
+class LoraModel(ModelSubject):
+    """A ``ModelCase``."""
+
     rivals = ("peft", "peft compiled")
     seconds = 20.0
     min_rounds = 5
 
     def __init__(self, case: ModelCase, session: "Session") -> None:
         super().__init__(case, session)
-        self.group = "training step" if case.mode == "train" else "model"
-        self.memory = case.mode == "train"
         self.models = make_models(case, session.device, session.tiny_models)
         self.compiled: dict[str, Any] = {}
-        self._known: dict[str, list[Tensor]] = {}
 
     @classmethod
     def providers(cls, case: ModelCase, device: torch.device) -> Sequence[str]:
@@ -126,22 +210,10 @@ class LoraModel(Subject):
             self.compiled[name] = torch.compile(self.models[library], dynamic=False)
         return self.compiled[name]
 
-    def inputs(self, library: str, rows: int = 0) -> dict[str, Tensor]:
-        """Embedded random tokens, so that every model has a gradient to bring back to its input, and labels."""
-        generator = torch.Generator().manual_seed(2)
-        model = self.models[library]
-        shape = (rows or self.case.rows, self.case.tokens)
-        ids = torch.randint(0, model.config.vocab_size, shape, generator=generator).to(self.device)
-        embedded = model.get_input_embeddings()(ids).detach()
-        if self.case.mode != "train":
-            return {"inputs_embeds": embedded}
-        return {"inputs_embeds": embedded.requires_grad_(), "labels": ids}
-
     def outputs(self, name: str) -> list[Tensor]:
-        """Logits of the very call that is timed (of the 8B two rows), in training all gradients, without dropout."""
         library = name.removesuffix(" compiled")
         module, model = self.models[library], self.model(name)
-        given = self.inputs(library, min(self.case.rows, 2) if self.case.size == "8b" else 0)
+        given = self.inputs(library, self.checked_rows)
         if self.case.mode != "train":
             with torch.no_grad():
                 return [model(**given).logits]
@@ -154,42 +226,12 @@ class LoraModel(Subject):
             module.train()
 
     def exact(self, lora: bool) -> list[Tensor]:
-        """The same in fp64 by the formula, of no library's layers."""
-        train = self.case.mode == "train"
         truth = copy.deepcopy(self.models["base"]).double()
-        given = {k: v.detach() for k, v in self.inputs("base", min(self.case.rows, 2) if self.case.size == "8b" else 0)
-                 .items()}  # fmt: skip
-        x = given["inputs_embeds"] = given["inputs_embeds"].double().requires_grad_(train)
-        leaves: list[Tensor] = []
-        for site, layer in lora_sites_of(self.models["peft"]) if lora else ():
-            a, b = (w.detach().double().requires_grad_(train) for w in adapters(layer))
-            leaves += [a, b]
-
-            def add(module: nn.Module, args: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                return y + SCALING * (args[0] @ a.T) @ b.T
-
-            truth.get_submodule(site).register_forward_hook(add)
-        with torch.set_grad_enabled(train):
-            output = truth(**given)
-        return [output.logits.detach(), *(torch.autograd.grad(output.loss, [x, *leaves]) if train else ())]
-
-    def compared(self, name: str) -> Compared:
-        like = "base" if name == "base" else "peft"
-        for key, make in ((like, lambda: self.outputs(like)), (f"exact {like}", lambda: self.exact(like == "peft"))):
-            if key not in self._known:
-                self._known[key] = make()
-        try:
-            out = self._known[name] if name == like else self.outputs(name)
-        except RuntimeError as error:
-            raise without_compiler(name, error) from error
-        return Compared(out, self._known[like], self._known[f"exact {like}"])
-
-    def checked(self) -> None:
-        self._known.clear()
+        return exact_outputs(truth, self.models["peft"], self.inputs("base", self.checked_rows), lora)
 
     def runner(self, name: str) -> Callable[[int], Any]:
         library = name.removesuffix(" compiled")
-        given, model = self.inputs(library), self.model(name)
+        given, model = self.inputs(library, self.case.rows), self.model(name)
         if self.case.mode == "train":
             wanted = trained(self.models[library], given)
             return lambda i: torch.autograd.grad(model(**given).loss, wanted)
@@ -214,11 +256,8 @@ class LoraModel(Subject):
     def loss(self, name: str) -> tuple[Callable[[], Any], Sequence[Tensor]] | None:
         if self.case.mode != "train" or name.endswith(" compiled"):
             return None
-        given, model = self.inputs(name), self.models[name]
+        given, model = self.inputs(name, self.case.rows), self.models[name]
         return lambda: model(**given).loss, list(model.parameters())
-
-    def tokens(self) -> int:
-        return int(self.case.rows * self.case.tokens)
 
     def close(self) -> None:
         torch.compiler.reset()
@@ -239,6 +278,6 @@ def lora_sites_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.removeprefix("base_model.model."), module
 
 
-def adapters(module: Any) -> list[Tensor]:
+def adapters(module: Any, name: str = "default") -> list[Tensor]:
     """a and b of every site, in the order of the model."""
-    return [getattr(s, part)["default"].weight for _, s in lora_sites_of(module) for part in ("lora_A", "lora_B")]
+    return [getattr(s, part)[name].weight for _, s in lora_sites_of(module) for part in ("lora_A", "lora_B")]

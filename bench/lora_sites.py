@@ -153,12 +153,18 @@ def outputs(layer: nn.Module, site: Site) -> list[Tensor]:
 
 def exact(site: Site, lora: bool) -> list[Tensor]:
     """The same in fp64."""
-    w, a, b = (t.double() for t in site.copies[0])
-    x, dy = site.x.double(), site.dy.double()
-    s, ds = SCALING * x @ a.T, SCALING * dy @ b
+    return by_formula(*site.copies[0], site.x, site.dy if site.case.mode == "train" else None, lora)
+
+
+def by_formula(w: Tensor, a: Tensor, b: Tensor, x: Tensor, dy: Tensor | None, lora: bool) -> list[Tensor]:
+    """y, and with dy also dx, da and db (without LoRA dx alone), in fp64."""
+    w, a, b, x = (t.double() for t in (w, a, b, x))
+    s = SCALING * x @ a.T
     y = x @ w.T + (s @ b.T if lora else 0)
-    if site.case.mode != "train":
+    if dy is None:
         return [y]
+    dy = dy.double()
+    ds = SCALING * dy @ b
     dx = dy @ w + (ds @ a if lora else 0)
     return [y, dx, ds.T @ x, dy.T @ s] if lora else [y, dx]
 

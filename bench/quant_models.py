@@ -16,14 +16,22 @@ from torch import Tensor, nn
 from peft_fast import quant
 
 from .cases import QuantModelCase
-from .lora_models import RANK, adapters, base_model, llama_8b, lora_sites_of, trained
+from .lora_models import (
+    NAMES,
+    RANK,
+    ModelSubject,
+    adapters,
+    base_model,
+    exact_outputs,
+    llama_8b,
+    same_adapters,
+    trained,
+)  # fmt: skip
 from .lora_sites import DTYPES, SCALING
-from .subject import Compared, Subject
 
 if TYPE_CHECKING:
     from .session import Session
 
-NAMES = ("base", "peft", "peft_fast")
 KINDS: dict[str, dict[str, Any]] = {
     "nf4": dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True),
     "int8": dict(load_in_8bit=True),
@@ -61,17 +69,15 @@ def in_double(dense: Any, base: Any) -> Any:
     return dense
 
 
-class QuantModel(Subject):
-    """A ``QuantModelCase``. Truth is the formula in fp64; peft's own error in the case's dtype sets the budget."""
+class QuantModel(ModelSubject):
+    """A ``QuantModelCase``."""
 
-    norm = 2
     rivals = ("peft",)
     seconds = 10.0
 
     def __init__(self, case: QuantModelCase, session: "Session") -> None:
         super().__init__(case, session)
-        self.memory, tiny = case.mode == "train", session.tiny_models
-        self.group = "training step" if self.memory else "model"
+        tiny = session.tiny_models
         if case.size == "8b":
             dense = llama_8b(session.device, layers=4, tiny=tiny)
         else:
@@ -80,9 +86,8 @@ class QuantModel(Subject):
         self.models = {name: self._prepared(name, model) for name, model in loaded.items()}
         for model in self.models.values():
             model.train(self.memory)
-        _same_adapters(self.models)
+        same_adapters(self.models)
         self.truth: Any = in_double(dense.to(session.device), self.models["base"])
-        self._known: dict[str, list[Tensor]] = {}
 
     def _prepared(self, name: str, model: Any) -> Any:
         library: Any = importlib.import_module("peft" if name == "base" else name)
@@ -100,16 +105,6 @@ class QuantModel(Subject):
     @classmethod
     def providers(cls, case: QuantModelCase, device: torch.device) -> Sequence[str]:
         return NAMES
-
-    def inputs(self, name: str, rows: int) -> dict[str, Tensor]:
-        """Embedded random tokens, so that every model has a gradient to bring back to its input, and labels."""
-        model = self.models[name]
-        generator = torch.Generator().manual_seed(2)
-        ids = torch.randint(0, model.config.vocab_size, (rows, self.case.tokens), generator=generator).to(self.device)
-        embedded = model.get_input_embeddings()(ids).detach()
-        if self.case.mode != "train":
-            return {"inputs_embeds": embedded}
-        return {"inputs_embeds": embedded.requires_grad_(), "labels": ids}
 
     def called(self, name: str, given: dict[str, Tensor]) -> Any:
         """The model's output, as the case has it run."""
@@ -129,11 +124,6 @@ class QuantModel(Subject):
 
         return forward
 
-    @property
-    def checked_rows(self) -> int:
-        """All, so that what is compared is the call that is timed; of the large model what fits in fp64."""
-        return min(self.case.rows, 2) if self.case.size == "8b" else self.case.rows
-
     def outputs(self, name: str) -> list[Tensor]:
         """Logits, and in training the gradients of the input and of a and b of every site, without dropout."""
         given = self.inputs(name, self.checked_rows)
@@ -146,40 +136,13 @@ class QuantModel(Subject):
             return [output.logits.detach(), *torch.autograd.grad(output.loss, wanted)]
 
     def exact(self, lora: bool) -> list[Tensor]:
-        """The same in fp64 by the formula, on the numbers that the quantized weights stand for; of no library."""
-        train = self.case.mode == "train"
-        given = {k: v.detach() for k, v in self.inputs("base", self.checked_rows).items()}
-        x = given["inputs_embeds"] = given["inputs_embeds"].double().requires_grad_(train)
-        leaves, hooks = [], []
-        for site, layer in lora_sites_of(self.models["peft"]) if lora else ():
-            a, b = (w.detach().double().requires_grad_(train) for w in adapters(layer))
-            leaves += [a, b]
-
-            def add(module: nn.Module, args: Any, y: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
-                return y + SCALING * (args[0] @ a.T) @ b.T
-
-            hooks.append(self.truth.get_submodule(site).register_forward_hook(add))
-        try:
-            with torch.set_grad_enabled(train):
-                output = self.truth(**given)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [output.logits.detach(), *(torch.autograd.grad(output.loss, [x, *leaves]) if train else ())]
-
-    def compared(self, name: str) -> Compared:
-        """Of the base it is its own error that counts."""
-        like = "base" if name == "base" else "peft"
-        for key, make in ((like, lambda: self.outputs(like)), (f"exact {like}", lambda: self.exact(like == "peft"))):
-            if key not in self._known:
-                self._known[key] = make()
-        out = self._known[name] if name == like else self.outputs(name)
-        return Compared(out, self._known[like], self._known[f"exact {like}"])
+        """On the numbers that the quantized weights stand for."""
+        return exact_outputs(self.truth, self.models["peft"], self.inputs("base", self.checked_rows), lora)
 
     def checked(self) -> None:
         """Everything in fp64 may go."""
+        super().checked()
         self.truth = None
-        self._known.clear()
 
     def loss(self, name: str) -> tuple[Callable[[], Any], Sequence[Tensor]] | None:
         if self.case.mode != "train":
@@ -187,20 +150,8 @@ class QuantModel(Subject):
         given = self.inputs(name, self.case.rows)
         return lambda: self.called(name, given).loss, list(self.models[name].parameters())
 
-    def tokens(self) -> int:
-        return int(self.case.rows * self.case.tokens)
-
     def facts(self, name: str) -> dict[str, Any]:
         return {"size": self.case.size}
-
-
-def _same_adapters(models: dict[str, Any]) -> None:
-    """Random numbers, the same in both libraries."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for theirs, ours in zip(adapters(models["peft"]), adapters(models["peft_fast"]), strict=True):
-            theirs.copy_(torch.randn(theirs.shape, generator=generator) * 0.05)
-            ours.copy_(theirs)
 
 
 @contextmanager

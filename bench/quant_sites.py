@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_fast import quant, reference_quant
 
 from .cases import QuantSiteCase, QuantWeightCase
-from .lora_sites import DTYPES, SCALING, adapter_weights
+from .lora_sites import DTYPES, SCALING, adapter_weights, by_formula
 from .subject import Compared, Subject, TakesNoPart, Work
 
 if TYPE_CHECKING:
@@ -235,13 +235,8 @@ def outputs(provider: str, site: QuantSite) -> list[Tensor]:
 
 def exact(site: QuantSite, lora: bool) -> list[Tensor]:
     """The same in fp64, with the numbers that the quantized weight stands for."""
-    w, a, b, x, dy = (t.double() for t in (quant.read(site.base), site.a, site.b, site.x, site.dy))
-    s, ds = SCALING * x @ a.T, SCALING * dy @ b
-    y = x @ w.T + (s @ b.T if lora else 0)
-    if site.case.mode != "train":
-        return [y]
-    dx = dy @ w + (ds @ a if lora else 0)
-    return [y, dx, ds.T @ x, dy.T @ s] if lora else [y, dx]
+    dy = site.dy if site.case.mode == "train" else None
+    return by_formula(quant.read(site.base), site.a, site.b, site.x, dy, lora)
 
 
 def runner(provider: str, site: QuantSite) -> Callable[[int], Any]:

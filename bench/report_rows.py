@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .suites import SUITES
+
 Rows = dict[str, dict[str, dict[str, Any]]]  # case -> provider -> extra_info with median
 Files = dict[str, dict[str, Any]]  # stem of a result file -> what is in it
-FIRST = ("lora", "mixed", "prefix", "quant", "train", "generate")  # the order of suites; other files by name after them
 
 
 class Spread(NamedTuple):
@@ -37,7 +38,7 @@ def load(folder: Path) -> Files:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
-    paths = sorted(folder.glob("*.json"), key=lambda p: (FIRST.index(p.stem) if p.stem in FIRST else len(FIRST), p))
+    paths = sorted(folder.glob("*.json"), key=lambda p: (SUITES.index(p.stem) if p.stem in SUITES else len(SUITES), p))
     if not paths:
         raise FileNotFoundError(f"no result files (*.json) in {folder}")
     return {path.stem: _load(path) for path in paths}

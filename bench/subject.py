@@ -144,6 +144,8 @@ class Measured:
 def measure_case(subject: Subject, session: "Session") -> Measured:
     """Compare, then time, all who take part in a case. Wrong ones are noted in ``session.wrong`` too."""
     result, functions = Measured(), {}
+    about = {"case": str(subject.case), "words": subject.case.words, "group": subject.group}
+    about |= {"sweeps": session.sweeps_of(subject.case), **_targets(subject.case)}
     for name in subject.providers(subject.case, subject.device):
         try:
             error, share = subject.error(name)
@@ -151,9 +153,8 @@ def measure_case(subject: Subject, session: "Session") -> Measured:
         except TakesNoPart as reason:
             result.absent[name] = str(reason)
             continue
-        info = {"case": str(subject.case), "words": subject.case.words, "group": subject.group, "provider": name}
-        info |= {"sweeps": session.sweeps_of(subject.case), **_targets(subject.case), **subject.facts(name)}
-        result.info[name] = {**info, "error": error, "error_over_budget": share}
+        told = {"provider": name, "error": error, "error_over_budget": share}
+        result.info[name] = {**about, **told, **subject.facts(name)}
         if share > 1:
             session.wrong.append(result.info[name])
         else:
