@@ -12,7 +12,6 @@ import hashlib
 import importlib
 import json
 import multiprocessing
-import pkgutil
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -95,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
 
 def kernel_modules() -> list[str]:
     """Names of the modules of csrc_triton that offer ``aot_cases()``, found by looking, so that none is forgotten."""
-    package = importlib.import_module("csrc_triton")
-    names = [f"csrc_triton.{module.name}" for module in pkgutil.iter_modules(package.__path__) if module.name != "aot"]
-    return [name for name in names if hasattr(importlib.import_module(name), "aot_cases")]
+    from csrc_triton.common import aot
+
+    return [module.__name__ for module in aot.kernel_modules()]
 
 
 def find_jobs(modules: Iterable[str], archs: Sequence[str]) -> list[Job]:
-    """One job per case (csrc_triton.aot.AotCase) and each of its architectures among ``archs``."""
+    """One job per case (csrc_triton.common.aot.AotCase) and each of its architectures among ``archs``."""
     jobs = []
     for module in modules:
         for index, case in enumerate(_cases(module)):
@@ -114,12 +113,13 @@ def row_key(case: Any, arch: str) -> str:
     """Hash of what decides a row: source of the kernel and the functions it calls, configuration, triton, chip."""
     import triton
 
-    from .aot_measure import source_hash
+    from .aot_measure import source_hash, specialized
 
     constexprs = {k: source_hash(v) if hasattr(v, "src") else repr(v) for k, v in case.constexprs.items()}
     parts = [
         source_hash(case.kernel),
         case.signature,
+        specialized(case),
         constexprs,
         case.options,
         triton.__version__,

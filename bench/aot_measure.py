@@ -46,7 +46,8 @@ def compile_and_measure(case: Any, arch: str) -> dict[str, Any]:
     """Compile ``case`` for ``arch``; return all of a row but its identity, with threads per block and a note."""
     chip = CHIPS[arch]
     source = ASTSource(
-        fn=case.kernel, signature=_signature(case), constexprs=dict(case.constexprs), attrs=_attributes(case)
+        fn=case.kernel, signature=_signature(case), constexprs=dict(case.constexprs),
+        attrs={(i,): [["tt.divisibility", 16]] for i in specialized(case)},
     )
     log = io.StringIO()
     with _fresh_compile(), contextlib.redirect_stdout(log):
@@ -64,7 +65,7 @@ def source_hash(kernel: JITFunction) -> str:
 
 
 def _collect(function: JITFunction, texts: dict[str, str]) -> None:
-    name = f"{function.fn.__module__}.{function.fn.__qualname__}"
+    name = function.fn.__qualname__
     if name in texts:
         return
     texts[name] = function.src
@@ -75,7 +76,7 @@ def _collect(function: JITFunction, texts: dict[str, str]) -> None:
             if not value.fn.__module__.startswith("triton."):
                 _collect(value, texts)
         elif isinstance(value, (bool, int, float, str, triton.language.constexpr)):
-            texts[f"{function.fn.__module__}:{dotted}"] = repr(value)
+            texts[f"{name}: {dotted}"] = repr(value)
 
 
 def _lookup(scope: dict[str, Any], path: list[str]) -> Any:
@@ -106,13 +107,15 @@ def _signature(case: Any) -> dict[str, str]:
     return {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
 
 
-def _attributes(case: Any) -> dict[tuple[int, ...], list[list[Any]]]:
-    """Pointers and sizes are multiples of 16, as in every model; a launch specializes on that."""
-    return {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(_signature(case).values())
-        if kind.startswith("*") or kind in ("i32", "i64")
-    }
+def specialized(case: Any) -> list[int]:
+    """The places of the arguments that are compiled as multiples of 16, as in every model a launch finds them to be:
+    pointers, and integers but those that the kernel does not specialize on."""
+    never = case.kernel.do_not_specialize
+    return [
+        i
+        for i, (name, kind) in enumerate(_signature(case).items())
+        if kind.startswith("*") or (kind in ("i32", "i64") and name not in never)
+    ]
 
 
 def _read_nvidia(compiled: Any, log: str) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Work:
 
     def go_on(self, seconds: float | None) -> None:
         """Do the tasks in order until none is left, or ``seconds`` are over."""
-        from csrc_triton import tuning
+        from csrc_triton.common import tuning
 
         start = time.perf_counter()
         for task in self.todo:
@@ -173,7 +173,7 @@ def _cannot_run(args: argparse.Namespace) -> str | None:
 
 
 def _setting(dry: bool) -> Setting:
-    from csrc_triton.tuning import arch_of
+    from csrc_triton.common.tuning import arch_of
 
     if dry:
         device = torch.device("cpu")
@@ -213,7 +213,7 @@ def _todo(tasks: list[Task], tables: dict[str, Table], again: bool) -> list[Task
 
 def measure_configs(setting: Setting, kernel: str, size: tuple[int, int, int, int]) -> Outcome:
     """The fastest right configuration of a kernel at a size: the default unless another is faster beyond noise."""
-    from csrc_triton import tuning
+    from csrc_triton.common import tuning
 
     from .tune_jobs import JOBS
 
@@ -241,7 +241,7 @@ def measure_configs(setting: Setting, kernel: str, size: tuple[int, int, int, in
 
 
 def _offered(setting: Setting, kernel: str, size: tuple[int, int, int, int], all_rows: bool) -> list[dict[str, int]]:
-    from csrc_triton import tuning
+    from csrc_triton.common import tuning
 
     M, _, _, R = size
     return [
@@ -252,7 +252,7 @@ def _offered(setting: Setting, kernel: str, size: tuple[int, int, int, int], all
 
 
 def _trying(kernel: str, config: dict[str, int], run: Callable[..., Any]) -> Callable[..., Any]:
-    from csrc_triton import tuning
+    from csrc_triton.common import tuning
 
     def tried(*inputs: Any) -> Any:
         with tuning.trying(kernel, config):
@@ -262,7 +262,7 @@ def _trying(kernel: str, config: dict[str, int], run: Callable[..., Any]) -> Cal
 
 
 def _label(config: dict[str, int]) -> str:
-    from csrc_triton.tuning import Candidate
+    from csrc_triton.common.tuning import Candidate
 
     blocks = {name: value for name, value in config.items() if name not in ("num_warps", "num_stages")}
     return Candidate(blocks, config["num_warps"], config["num_stages"]).label

@@ -7,7 +7,7 @@ from .tune_case import SCALING, SITES, Case, Setting, Size
 
 
 def lora_shrink(on: Setting, size: Size) -> Case:
-    from csrc_triton.lora_shrink import lora_shrink
+    from csrc_triton.lora.shrink import lora_shrink
 
     M, _, K, R = size
     turned = not on.dry and K not in {K for _, K in SITES}  # dS = dY @ b, with b.T for a
@@ -19,7 +19,7 @@ def lora_shrink(on: Setting, size: Size) -> Case:
 
 
 def lora_expand(on: Setting, size: Size) -> Case:
-    from csrc_triton.lora_expand import lora_expand
+    from csrc_triton.lora.expand import lora_expand
 
     M, N, _, R = size
     turned = not on.dry and N not in {N for N, _ in SITES}  # dX += dS @ a, with a.T for b
@@ -32,7 +32,7 @@ def lora_expand(on: Setting, size: Size) -> Case:
 
 def lora_gemm(on: Setting, size: Size) -> Case:
     """Forward, or dX = dY @ w + dS @ a at sizes that only dX has."""
-    from csrc_triton.lora_gemm import lora_gemm
+    from csrc_triton.lora.gemm import lora_gemm
 
     M, N, K, R = size
 
@@ -45,7 +45,7 @@ def lora_gemm(on: Setting, size: Size) -> Case:
 
 
 def lora_one_launch(on: Setting, size: Size) -> Case:
-    from csrc_triton.lora_one_launch import lora_one_launch
+    from csrc_triton.lora.one_launch import lora_one_launch
 
     M, N, K, R = size
 
@@ -62,7 +62,7 @@ def lora_one_launch(on: Setting, size: Size) -> Case:
 
 def lora_grad(on: Setting, size: Size) -> Case:
     """dB with dS, then dA: both ask for the same size where t is as wide."""
-    from csrc_triton.lora_grad import lora_da, lora_db_ds
+    from csrc_triton.lora.grad import lora_da, lora_db_ds
 
     M, C, _, R = size
 

@@ -60,7 +60,7 @@ def _planes(on: Setting, M: int, R: int) -> Tensor:
 
 
 def mixed_shrink(on: Setting, size: Size) -> Case:
-    from csrc_triton.mixed_shrink import mixed_shrink
+    from csrc_triton.mixed.shrink import mixed_shrink
 
     M, _, K, R = size
 
@@ -76,7 +76,7 @@ def mixed_shrink(on: Setting, size: Size) -> Case:
 
 
 def mixed_expand(on: Setting, size: Size) -> Case:
-    from csrc_triton.mixed_expand import mixed_expand
+    from csrc_triton.mixed.expand import mixed_expand
 
     M, N, _, R = size
 
@@ -93,7 +93,7 @@ def mixed_expand(on: Setting, size: Size) -> Case:
 
 
 def mixed_gemm(on: Setting, size: Size) -> Case:
-    from csrc_triton.mixed_gemm import mixed_gemm
+    from csrc_triton.mixed.gemm import mixed_gemm
 
     M, N, K, R = size
 
@@ -113,7 +113,7 @@ def mixed_gemm(on: Setting, size: Size) -> Case:
 
 
 def mixed_one_launch(on: Setting, size: Size) -> Case:
-    from csrc_triton.mixed_one_launch import mixed_one_launch
+    from csrc_triton.mixed.one_launch import mixed_one_launch
 
     M, N, K, R = size
 

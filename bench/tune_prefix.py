@@ -31,7 +31,7 @@ def _draw(on: Setting, B: int, L: int, S: int, T: int, D: int) -> tuple[Tensor, 
 
 
 def _forward(on: Setting, B: int, L: int, S: int, T: int, D: int) -> Case:
-    from csrc_triton.prefix_attention import prefix_attention_fwd
+    from csrc_triton.prefix.attention import prefix_attention_fwd
 
     options = _options(T, D, S - L)
     return Case(
@@ -74,8 +74,8 @@ def _slots(on: Setting) -> int:
 
 
 def _backward(on: Setting, L: int, T: int, D: int, which: str) -> Case:
-    from csrc_triton.prefix_attention import prefix_attention_fwd
-    from csrc_triton.prefix_attention_bwd import prefix_attention_bwd
+    from csrc_triton.prefix.attention import prefix_attention_fwd
+    from csrc_triton.prefix.attention_bwd import prefix_attention_bwd
 
     options = _options(T, D, 0)
     needs = [which == "dq", which == "dkv", which == "dkv", which == "dprefix"]

@@ -18,7 +18,7 @@ _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256
 
 def _draw_4bit(on: Setting, N: int, K: int) -> tuple[Tensor, ...]:
     """packed, code, absmax and its code, absmax and offset: NF4, double quantization. Any bytes are a weight."""
-    from csrc_triton.fourbit_linear import NF4
+    from csrc_triton.quantized.fourbit_linear import NF4
 
     blocks, device = N * K // _BLOCKSIZE, on.device
     return (
@@ -37,7 +37,7 @@ def _plain_4bit(weight: tuple[Tensor, ...], N: int, K: int, D: torch.dtype) -> T
 
 
 def fourbit(on: Setting, size: Size) -> Case:
-    from csrc_triton.fourbit import Nested, dequantize
+    from csrc_triton.quantized.fourbit import Nested, dequantize
 
     _, N, K, _ = size
 
@@ -48,8 +48,8 @@ def fourbit(on: Setting, size: Size) -> Case:
 
 
 def fourbit_linear(on: Setting, size: Size) -> Case:
-    from csrc_triton.fourbit import Nested
-    from csrc_triton.fourbit_linear import fourbit_linear
+    from csrc_triton.quantized.fourbit import Nested
+    from csrc_triton.quantized.fourbit_linear import fourbit_linear
 
     M, N, K, R = size
 
@@ -68,8 +68,8 @@ def fourbit_linear(on: Setting, size: Size) -> Case:
 
 
 def fourbit_mixed(on: Setting, size: Size) -> Case:
-    from csrc_triton.fourbit import Nested
-    from csrc_triton.fourbit_linear import fourbit_mixed
+    from csrc_triton.quantized.fourbit import Nested
+    from csrc_triton.quantized.fourbit_linear import fourbit_mixed
 
     M, N, K, R = size
 
@@ -92,7 +92,7 @@ def fourbit_mixed(on: Setting, size: Size) -> Case:
 
 
 def int8_quantize(on: Setting, size: Size) -> Case:
-    from csrc_triton.int8_linear import int8_quantize
+    from csrc_triton.quantized.int8_linear import int8_quantize
 
     M, _, K, R = size
 
@@ -105,7 +105,7 @@ def int8_quantize(on: Setting, size: Size) -> Case:
 
 
 def int8_gemm(on: Setting, size: Size) -> Case:
-    from csrc_triton.int8_linear import int8_gemm
+    from csrc_triton.quantized.int8_linear import int8_gemm
 
     M, N, K, R = size
 

@@ -133,13 +133,13 @@ def test_kernels_named_in_strings_exist() -> None:
         ("peft_fast.ops.lora_linear", "def f():\n    from peft_fast.peft_model import PeftModel", "above it"),
         ("peft_fast.reference", "from .ops import functional", "above it"),
         ("peft_fast.tuners.lora.layer", "from peft_fast import LoraConfig", "public names"),
-        ("peft_fast.tuners.lora.layer", "def f():\n    import csrc_triton.lora_linear", "only peft_fast.ops"),
-        ("peft_fast.ops.lora_linear", "import csrc_triton.lora_linear", "inside the function"),
+        ("peft_fast.tuners.lora.layer", "def f():\n    import csrc_triton.lora.linear", "only peft_fast.ops"),
+        ("peft_fast.ops.lora_linear", "import csrc_triton.lora.linear", "inside the function"),
         ("peft_fast.ops.lora_linear", "import triton", "no dependency"),
         ("peft_fast.config", "try:\n    import bitsandbytes\nexcept ImportError:\n    pass", "inside the function"),
         ("peft_fast.config", "def f():\n    from peft import LoraConfig", "no dependency"),
-        ("csrc_triton.lora_linear", "import numpy", "torch and triton only"),
-        ("csrc_triton.lora_linear", "def f():\n    from peft_fast import reference", "torch and triton only"),
+        ("csrc_triton.lora.linear", "import numpy", "torch and triton only"),
+        ("csrc_triton.lora.linear", "def f():\n    from peft_fast import reference", "torch and triton only"),
     ],
 )
 def test_the_check_finds(module: str, source: str, complaint: str) -> None:

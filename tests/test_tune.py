@@ -18,8 +18,8 @@ pytest.importorskip("triton", reason="the tuner runs kernels")
 
 from bench import tune, tune_case, tune_choices, tune_jobs, tune_table
 from bench.tune_case import Case, Setting
-from csrc_triton import tuning
-from csrc_triton.tuning import ALWAYS, Candidate
+from csrc_triton.common import tuning
+from csrc_triton.common.tuning import ALWAYS, Candidate
 from peft_fast.ops import choice
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="the tuner runs kernels")
 
 from bench import aot, tune, tune_choices, tune_jobs
 from bench.tune_case import Setting
-from csrc_triton import tuning
+from csrc_triton.common import tuning
 
 VERSION = ".".join(tuning.triton.__version__.split(".")[:2])
 GPU = torch.device("cuda", 0)

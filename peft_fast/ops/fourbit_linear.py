@@ -1,6 +1,6 @@
 """lora_linear_4bit, lora_linear_mixed_4bit: a 4-bit weight and adapters in one launch. Inference only, no gradient.
 
-Math in ``reference_quant``, ``reference`` and csrc_triton/fourbit_linear.py. The weight is the fields of
+Math in ``reference_quant``, ``reference`` and csrc_triton/quantized/fourbit_linear.py. The weight is the fields of
 ``quant.FourBit`` without its dtype; the tables are those of ``lora_mixed``.
 """
 
@@ -47,14 +47,14 @@ def _resolve_mixed(x: Tensor, *args: Any) -> str:
 linear_4bit = register(
     f"lora_linear_4bit(Tensor x, {WEIGHT}, Tensor? bias, Tensor a, Tensor b, float scaling, str implementation) "
     "-> Tensor",
-    kernel="csrc_triton.fourbit_linear:lora_linear_4bit",
+    kernel="csrc_triton.quantized.fourbit_linear:lora_linear_4bit",
     reference=_linear,
     fake=lambda x, *args: x.new_empty((x.shape[0], args[_FIELDS - 2])),
     resolve=_resolve,
 )
 linear_mixed_4bit = register(
     f"lora_linear_mixed_4bit(Tensor x, {WEIGHT}, Tensor? bias, {_TABLES}, str implementation) -> Tensor",
-    kernel="csrc_triton.fourbit_linear:lora_linear_mixed_4bit",
+    kernel="csrc_triton.quantized.fourbit_linear:lora_linear_mixed_4bit",
     reference=_mixed,
     fake=lambda x, *args: x.new_empty((x.shape[0], args[_FIELDS - 2])),
     resolve=_resolve_mixed,

@@ -30,7 +30,7 @@ def _fake(
 group_fwd = register(
     "lora_linear_group_fwd(Tensor x, Tensor[] ws, Tensor?[] biases, Tensor[] as_, Tensor[] bs, float[] scalings, "
     "str implementation) -> Tensor[]",
-    kernel="csrc_triton.lora_linear:lora_linear_group_fwd",
+    kernel="csrc_triton.lora.linear:lora_linear_group_fwd",
     reference=reference.lora_linear_group_fwd,
     fake=_fake,
     resolve=_resolve,

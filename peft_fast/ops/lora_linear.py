@@ -1,4 +1,4 @@
-"""lora_linear and lora_update: registration and gradient. Math in ``reference`` and csrc_triton/lora_linear.py."""
+"""lora_linear and lora_update: registration and gradient. Math in ``reference`` and csrc_triton/lora/linear.py."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ def _resolve(x: Tensor, N: int, a: Tensor, p: float, implementation: str, base: 
 linear_fwd = register(
     "lora_linear_fwd(Tensor x, Tensor w, Tensor? bias, Tensor a, Tensor b, float scaling, float p, Tensor? seed, "
     "str implementation) -> (Tensor, Tensor, Tensor)",
-    kernel="csrc_triton.lora_linear:lora_linear_fwd",
+    kernel="csrc_triton.lora.linear:lora_linear_fwd",
     reference=reference.lora_linear_fwd,
     fake=lambda x, w, bias, a, b, scaling, p, seed, implementation: _fwd_fake(x, a, w.shape[0], p),
     resolve=lambda x, w, bias, a, b, scaling, p, seed, implementation: _resolve(x, w.shape[0], a, p, implementation),
@@ -43,7 +43,7 @@ linear_fwd = register(
 update_fwd = register(
     "lora_update_fwd(Tensor base, Tensor x, Tensor a, Tensor b, float scaling, float p, Tensor? seed, "
     "str implementation) -> (Tensor, Tensor, Tensor)",
-    kernel="csrc_triton.lora_linear:lora_update_fwd",
+    kernel="csrc_triton.lora.linear:lora_update_fwd",
     reference=reference.lora_update_fwd,
     fake=lambda base, x, a, b, scaling, p, seed, implementation: _fwd_fake(x, a, b.shape[0], p, base.dtype),
     resolve=lambda base, x, a, b, scaling, p, seed, implementation: _resolve(x, b.shape[0], a, p, implementation, base),
@@ -51,7 +51,7 @@ update_fwd = register(
 linear_bwd = register(
     "lora_linear_bwd(Tensor dy, Tensor x, Tensor? w, Tensor a, Tensor b, Tensor s, Tensor bits, float scaling, "
     "float p, bool[] needs, str implementation) -> (Tensor, Tensor, Tensor)",
-    kernel="csrc_triton.lora_linear_bwd:lora_linear_bwd",
+    kernel="csrc_triton.lora.linear_bwd:lora_linear_bwd",
     reference=reference.lora_linear_bwd,
     fake=_bwd_fake,
     resolve=lambda dy, x, w, a, b, s, bits, scaling, p, needs, implementation: _resolve(

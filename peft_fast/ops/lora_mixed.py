@@ -1,6 +1,6 @@
 """lora_linear_mixed, lora_update_mixed, lora_embedding_mixed: registration. Inference only, no gradient.
 
-Math in ``reference_mixed`` and csrc_triton/lora_mixed.py. The arguments from ``addresses`` on are the fields of
+Math in ``reference_mixed`` and csrc_triton/mixed/linear.py. The arguments from ``addresses`` on are the fields of
 ``MixedSite`` and ``MixedPlan``. A kernel counts in ``counters`` and leaves zeros there: the ops write to no argument.
 """
 
@@ -38,21 +38,21 @@ def _embedding_resolve(base: Tensor, ids: Tensor, *rest: Any) -> str:
 
 linear_mixed = register(
     f"lora_linear_mixed(Tensor x, Tensor w, Tensor? bias, {_TABLES}, str implementation) -> Tensor",
-    kernel="csrc_triton.lora_mixed:lora_linear_mixed",
+    kernel="csrc_triton.mixed.linear:lora_linear_mixed",
     reference=reference.lora_linear_mixed,
     fake=lambda x, w, *rest: x.new_empty((x.shape[0], w.shape[0])),
     resolve=_linear_resolve,
 )
 update_mixed = register(
     f"lora_update_mixed(Tensor base, Tensor x, {_TABLES}, str implementation) -> Tensor",
-    kernel="csrc_triton.lora_mixed:lora_update_mixed",
+    kernel="csrc_triton.mixed.linear:lora_update_mixed",
     reference=reference.lora_update_mixed,
     fake=lambda base, *rest: base.new_empty(base.shape),
     resolve=_update_resolve,
 )
 embedding_mixed = register(
     f"lora_embedding_mixed(Tensor base, Tensor ids, {_TABLES}, int V, str implementation) -> Tensor",
-    kernel="csrc_triton.lora_mixed:lora_embedding_mixed",
+    kernel="csrc_triton.mixed.linear:lora_embedding_mixed",
     reference=reference.lora_embedding_mixed,
     fake=lambda base, *rest: base.new_empty(base.shape),
     resolve=_embedding_resolve,

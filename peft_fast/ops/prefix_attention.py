@@ -1,4 +1,4 @@
-"""prefix_attention: registration and gradient. Math in ``reference_prefix`` and csrc_triton/prefix_attention.py."""
+"""prefix_attention: registration and gradient. Math in ``reference_prefix`` and csrc_triton/prefix/attention.py."""
 
 from typing import Any
 
@@ -43,7 +43,7 @@ def _bwd_resolve(dout: Tensor, q: Tensor, *rest: Any) -> str:
 prefix_fwd = register(
     "prefix_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, "
     f"{_OPTIONS}, str implementation) -> (Tensor, Tensor)",
-    kernel="csrc_triton.prefix_attention:prefix_attention_fwd",
+    kernel="csrc_triton.prefix.attention:prefix_attention_fwd",
     reference=reference.prefix_attention_fwd,
     fake=_fwd_fake,
     resolve=_fwd_resolve,
@@ -51,7 +51,7 @@ prefix_fwd = register(
 prefix_bwd = register(
     "prefix_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor out, "
     f"Tensor lse, {_OPTIONS}, bool[] needs, str implementation) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    kernel="csrc_triton.prefix_attention_bwd:prefix_attention_bwd",
+    kernel="csrc_triton.prefix.attention_bwd:prefix_attention_bwd",
     reference=reference.prefix_attention_bwd,
     fake=_bwd_fake,
     resolve=_bwd_resolve,

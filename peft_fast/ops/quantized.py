@@ -68,7 +68,7 @@ dequantize_4bit = register(
     "dequantize_4bit(Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, "
     "Tensor? nested_offset, str quant_type, int blocksize, int nested_blocksize, SymInt N, SymInt K, "
     "ScalarType dtype, str implementation) -> Tensor",
-    kernel="csrc_triton.fourbit:dequantize_4bit",
+    kernel="csrc_triton.quantized.fourbit:dequantize_4bit",
     reference=_dequantize_4bit,
     fake=lambda packed, *args: packed.new_empty(args[-4:-2], dtype=args[-2]),
     resolve=lambda packed, *args: _resolve(packed, *args[-4:]),
@@ -92,7 +92,7 @@ def _resolve_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None
 linear_int8 = register(
     "lora_linear_int8(Tensor x, Tensor values, Tensor scales, Tensor? bias, Tensor a, Tensor b, float scaling, "
     "float threshold, str implementation) -> Tensor",
-    kernel="csrc_triton.int8_linear:lora_linear_int8",
+    kernel="csrc_triton.quantized.int8_linear:lora_linear_int8",
     reference=_linear_int8,
     fake=lambda x, values, *rest: x.new_empty((x.shape[0], values.shape[0])),
     resolve=_resolve_int8,

@@ -100,7 +100,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def force(monkeypatch: pytest.MonkeyPatch):
     """force(kernel, config): run this kernel with that configuration, or with its own changed by those entries."""
-    from csrc_triton import tuning
+    from csrc_triton.common import tuning
 
     lookup = tuning._lookup
     forced: dict[str, dict[str, int]] = {}

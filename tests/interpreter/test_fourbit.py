@@ -28,7 +28,7 @@ class Quantized:
     """A random weight (N, K) as bitsandbytes keeps it, and what it stands for, in fp32."""
 
     def __init__(self, N, K, blocksize=64, nested_blocksize=None, quant_type="nf4"):
-        from csrc_triton.fourbit import Nested
+        from csrc_triton.quantized.fourbit import Nested
 
         blocks = -(-N * K // blocksize)
         self.shape, self.blocksize, self.nested, self.quant_type = (N, K), blocksize, None, quant_type
@@ -51,7 +51,7 @@ class Quantized:
 
 
 def check_dequantize(weight, dtype, out=None):
-    from csrc_triton.fourbit import dequantize
+    from csrc_triton.quantized.fourbit import dequantize
 
     w = dequantize(*weight.stored, weight.shape, dtype, weight.nested, out)
     assert w.dtype == dtype and torch.equal(w, weight.w.to(dtype))
@@ -88,7 +88,7 @@ class TestDequantize:
     def test_what_bitsandbytes_makes(self, dtype):
         """Its quantizer's output; K a multiple of the block size, since elsewhere its CPU library is wrong."""
         functional = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-        from csrc_triton.fourbit import Nested, dequantize
+        from csrc_triton.quantized.fourbit import Nested, dequantize
 
         w = torch.randn(48, 128, device=DEVICE, dtype=dtype)
         for quant_type, nested, blocksize in itertools.product(CODES, (False, True), (32, 64, 128)):
@@ -102,7 +102,7 @@ class TestDequantize:
 
     def test_sum_and_product_are_rounded_one_by_one(self):
         """Numbers that a fused multiply-add gives another result for."""
-        from csrc_triton.fourbit import Nested, dequantize
+        from csrc_triton.quantized.fourbit import Nested, dequantize
 
         factor = torch.tensor([1.0 + 2**-12], device=DEVICE)
         nested = Nested(factor.expand(256).contiguous(), factor, -factor.square(), 256)
@@ -112,7 +112,7 @@ class TestDequantize:
         assert (w == 0).all()
 
     def test_empty(self):
-        from csrc_triton.fourbit import dequantize
+        from csrc_triton.quantized.fourbit import dequantize
 
         weight = Quantized(1, 1)
         for shape in ((0, 5), (5, 0)):
@@ -124,7 +124,7 @@ class TestDequantize:
 
     def test_every_candidate(self, force):
         """On a size that needs several programs and does not fill the last one."""
-        from csrc_triton.fourbit import CANDIDATES
+        from csrc_triton.quantized.fourbit import CANDIDATES
 
         for candidate, blocksize in itertools.product(CANDIDATES, (32, 4096)):
             force("fourbit", candidate.config)
@@ -164,7 +164,7 @@ def draw_linear(M, N, K, R, dtype, adapter_dtype=torch.float32):
 
 
 def check_linear(weight, x, bias, a, b):
-    from csrc_triton.fourbit_linear import fourbit_linear
+    from csrc_triton.quantized.fourbit_linear import fourbit_linear
 
     N = weight.shape[0]
     y = fourbit_linear(x, *weight.stored, N, weight.quant_type, weight.nested, bias, a, b, 1.7)
@@ -200,7 +200,7 @@ class TestLinear:
 
     @pytest.mark.parametrize("M, N", [(0, 50), (3, 0)])
     def test_empty(self, M, N):
-        from csrc_triton.fourbit_linear import fourbit_linear
+        from csrc_triton.quantized.fourbit_linear import fourbit_linear
 
         weight, x = Quantized(max(N, 1), 64), torch.randn(M, 64, device=DEVICE)
         assert fourbit_linear(x, *weight.stored, N, "nf4").shape == (M, N)
@@ -210,7 +210,7 @@ class TestLinear:
         assert launches == ["fourbit_linear"]
 
     def test_what_it_is_not_for(self):
-        from csrc_triton.fourbit_linear import fits, fourbit_linear
+        from csrc_triton.quantized.fourbit_linear import fits, fourbit_linear
 
         weight, x = Quantized(3, 96), torch.randn(2, 96, device=DEVICE)
         with pytest.raises(ValueError, match="got M = 2, rank 0, K = 96 and blocksize 64"):
@@ -220,7 +220,7 @@ class TestLinear:
 
     def test_every_candidate(self, force):
         """On sizes that need several tiles in each direction and fill none."""
-        from csrc_triton.fourbit_linear import CANDIDATES
+        from csrc_triton.quantized.fourbit_linear import CANDIDATES
 
         for candidate in CANDIDATES:
             force("fourbit_linear", candidate.config)
@@ -230,7 +230,7 @@ class TestLinear:
 
 
 def check_mixed(weight, adapters, slots, x, bias):
-    from csrc_triton.fourbit_linear import fourbit_mixed
+    from csrc_triton.quantized.fourbit_linear import fourbit_mixed
 
     plan, site = functional.mixed_plan(slots.to(DEVICE), len(adapters.ranks), 2), adapters.site
     counters = plan.counters[site.index]
@@ -287,7 +287,7 @@ class TestMixed:
         assert launches == ["fourbit_mixed"]
 
     def test_every_candidate(self, force):
-        from csrc_triton.fourbit_linear import MIXED_CANDIDATES
+        from csrc_triton.quantized.fourbit_linear import MIXED_CANDIDATES
 
         for candidate in MIXED_CANDIDATES:
             force("fourbit_mixed", candidate.config)
@@ -336,7 +336,7 @@ def run_ptx(text, source):
 @pytest.mark.parametrize("quant_type", CODES)
 def test_decoder_in_ptx(quant_type, dtype):
     """Every byte in every place, beside others: the codes of its nibbles, rounded to the dtype, in their order."""
-    from csrc_triton import fourbit_linear
+    from csrc_triton.quantized import fourbit_linear
 
     assert fourbit_linear.CODES[quant_type] == tuple(CODES[quant_type])
     text = fourbit_linear.prmt_decoder(fourbit_linear.CODES[quant_type], dtype)

@@ -35,7 +35,7 @@ def draw(M, N, K, R, dtype, adapter_dtype=torch.float32):
 
 
 def check_quantize(x, a=None, threshold=0.0):
-    from csrc_triton.int8_linear import int8_quantize
+    from csrc_triton.quantized.int8_linear import int8_quantize
 
     q, absmax, s = int8_quantize(x, a, 1.7, threshold)
     expected, expected_absmax = rowwise(x, threshold)
@@ -50,7 +50,7 @@ def check_quantize(x, a=None, threshold=0.0):
 
 def check_gemm(x, w, w_absmax, bias, a, b):
     """q, absmax and s are given, so that the budget is that of the product alone."""
-    from csrc_triton.int8_linear import int8_gemm
+    from csrc_triton.quantized.int8_linear import int8_gemm
 
     q, absmax = rowwise(x)
     s = None if a is None else (x @ a.to(x.dtype).T)
@@ -93,7 +93,7 @@ class TestQuantize:
 
     def test_what_bitsandbytes_makes(self):
         bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-        from csrc_triton.int8_linear import int8_quantize
+        from csrc_triton.quantized.int8_linear import int8_quantize
 
         x = torch.randn(33, 96, device=DEVICE, dtype=torch.float16)
         x[5, 7] = 9.0
@@ -105,7 +105,7 @@ class TestQuantize:
             assert torch.equal(absmax, expected_absmax) and torch.equal(q, expected)
 
     def test_empty(self):
-        from csrc_triton.int8_linear import int8_quantize
+        from csrc_triton.quantized.int8_linear import int8_quantize
 
         for M, K in ((0, 5), (3, 0)):
             x, a = torch.randn(M, K, device=DEVICE), torch.randn(4, K, device=DEVICE)
@@ -127,7 +127,7 @@ class TestGemm:
 
     def test_exact_where_sums_are_large(self):
         """Beyond what fp32 counts to: absmax of 127 make the scale 1, so that y is the integer itself, rounded once."""
-        from csrc_triton.int8_linear import int8_gemm
+        from csrc_triton.quantized.int8_linear import int8_gemm
 
         K, one = 2048, torch.full((1,), 127.0, device=DEVICE)
         q = torch.full((1, K), 127, dtype=torch.int8, device=DEVICE)
@@ -138,7 +138,7 @@ class TestGemm:
 
     @pytest.mark.parametrize("M, N, K", [(0, 5, 6), (4, 0, 6), (4, 5, 0)])
     def test_empty(self, M, N, K):
-        from csrc_triton.int8_linear import int8_gemm
+        from csrc_triton.quantized.int8_linear import int8_gemm
 
         q, w = (torch.zeros(size, K, dtype=torch.int8, device=DEVICE) for size in (M, N))
         y = int8_gemm(q, torch.zeros(M, device=DEVICE), w, torch.ones(N, device=DEVICE), None, None, None, torch.half)
@@ -147,7 +147,7 @@ class TestGemm:
 
 def test_both_as_one_linear(launches):
     """Against the layer's function with the weight dequantized: two launches, the error that of x in 8 bits."""
-    from csrc_triton.int8_linear import int8_gemm
+    from csrc_triton.quantized.int8_linear import int8_gemm
 
     x, w, w_absmax, bias, a, b = draw(37, 50, 200, 8, torch.float16)
     q, absmax, s = check_quantize(x, a)
@@ -162,7 +162,7 @@ class TestCandidates:
     """On sizes that need several tiles in each direction and fill none."""
 
     def test_quantize(self, force):
-        from csrc_triton.int8_linear import CANDIDATES
+        from csrc_triton.quantized.int8_linear import CANDIDATES
 
         for candidate in CANDIDATES:
             force("int8_quantize", candidate.config)
@@ -170,7 +170,7 @@ class TestCandidates:
             check_quantize(x, a)
 
     def test_gemm(self, force):
-        from csrc_triton.int8_linear import GEMM_CANDIDATES
+        from csrc_triton.quantized.int8_linear import GEMM_CANDIDATES
 
         for candidate in GEMM_CANDIDATES:
             force("int8_gemm", candidate.config)

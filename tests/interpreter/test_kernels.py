@@ -1,16 +1,14 @@
 """The real kernels through the public functions and the ops: output and every gradient against fp64."""
 
-import importlib
 import itertools
-import pkgutil
 
 import pytest
 import torch
 from test_lora_linear import gradients, keep_of, make, plain
 from torch.nn import functional as F
 
-import csrc_triton
-from csrc_triton import lora_grad, lora_linear, lora_shrink, tuning
+from csrc_triton.common import aot, tuning
+from csrc_triton.lora import grad as lora_grad, linear as lora_linear, shrink as lora_shrink
 from numerics import assert_as_accurate
 from peft_fast import reference
 from peft_fast.ops import choice, functional, lora_linear as op
@@ -379,8 +377,7 @@ class TestCandidates:
         assert all(torch.equal(results[0], other) for other in results)
 
     def test_every_kernel_has_a_default_everywhere(self):
-        for module in pkgutil.iter_modules(csrc_triton.__path__):
-            importlib.import_module(f"csrc_triton.{module.name}")
+        aot.kernel_modules()
         # those of prefix attention are chosen by the head's size, and have a test of their own in test_prefix.py
         kernels = [kernel for kernel in tuning.CANDIDATES if not kernel.startswith("prefix_")]
         for arch, itemsize, kernel in itertools.product(tuning.ARCHS, (2, 4), kernels):

@@ -7,8 +7,8 @@ import torch
 from mixed_sites import RANKS, Adapters, embedding_update, in_double, mixes, update
 from torch.nn import functional as F
 
-import csrc_triton.lora_mixed  # noqa: F401  its kernels' candidates
-from csrc_triton import tuning
+import csrc_triton.mixed.linear  # noqa: F401  its kernels' candidates
+from csrc_triton.common import tuning
 from numerics import assert_as_accurate
 from peft_fast.ops import functional, lora_mixed as op
 

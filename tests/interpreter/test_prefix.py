@@ -7,12 +7,8 @@ import torch
 from prefix_oracle import NAMES, concatenated, draw, features, in_double, run, sdpa
 from torch import Tensor
 
-from csrc_triton import (
-    prefix_attention as fwd,
-    prefix_attention_bwd as bwd,
-    prefix_decode as decode,
-    tuning,
-)
+from csrc_triton.common import tuning
+from csrc_triton.prefix import attention as fwd, attention_bwd as bwd, decode
 from numerics import assert_as_accurate
 from peft_fast.ops import functional
 

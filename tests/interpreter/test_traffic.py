@@ -3,8 +3,6 @@
 On sizes that fill no tile, and on several tiles in each direction. Public functions: test_traffic_ops.py.
 """
 
-import importlib
-import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -21,8 +19,9 @@ from traffic import COUNTED, ELSEWHERE, Launch, counting
 from traffic_models import MODELS, check
 from triton.runtime.jit import KernelInterface
 
-import csrc_triton
-from csrc_triton import fourbit, fourbit_linear, int8_linear, lora_linear
+from csrc_triton.common import aot
+from csrc_triton.lora import linear as lora_linear
+from csrc_triton.quantized import fourbit, fourbit_linear, int8_linear
 from peft_fast.ops import functional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -267,10 +266,9 @@ def test_decode(KV, L, D, dtype, name, small_tiles):
 
 
 def test_every_kernel_has_a_model():
-    modules = [importlib.import_module(f"csrc_triton.{m.name}") for m in pkgutil.iter_modules(csrc_triton.__path__)]
     found = {
         name.removeprefix("_").removesuffix("_kernel")
-        for module in modules
+        for module in aot.kernel_modules()
         for name, value in vars(module).items()
         if isinstance(value, KernelInterface) and name.endswith("_kernel")
     }

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .dropout import expand_bits
-from .lora_shrink import lora_shrink
-from .planes import sum_planes
-from .tuning import ALWAYS, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.dropout import expand_bits
+from ..common.planes import sum_planes
+from ..common.tuning import ALWAYS, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .shrink import lora_shrink
 
 # ROWS: rows of t that one program sums over
 CANDIDATES = candidates("lora_grad", [

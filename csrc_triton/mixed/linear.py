@@ -11,11 +11,11 @@ Argument lists are those of the ops (peft_fast/ops/lora_mixed.py), which checked
 import torch
 from torch import Tensor
 
-from .mixed_embedding import mixed_embedding
-from .mixed_expand import mixed_expand
-from .mixed_gemm import mixed_gemm
-from .mixed_one_launch import mixed_one_launch
-from .mixed_shrink import mixed_shrink
+from .embedding import mixed_embedding
+from .expand import mixed_expand
+from .gemm import mixed_gemm
+from .one_launch import mixed_one_launch
+from .shrink import mixed_shrink
 
 
 def lora_linear_mixed(

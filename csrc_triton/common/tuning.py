@@ -26,7 +26,7 @@ CUDA = ARCHS[:3]
 AMPERE = ARCHS[:1]
 HOPPER = ARCHS[1:3]
 SMALL = ("sm_80", "gfx942")  # at most 64 KB of shared memory: AMD, and NVIDIA's chips with 99 KB (sm_86, sm_89, sm_120)
-TABLE = Path(__file__).parent / "tables" / "configs.json"
+TABLE = Path(__file__).parent.parent / "tables" / "configs.json"
 
 
 @dataclass(frozen=True)

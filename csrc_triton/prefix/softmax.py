@@ -1,13 +1,13 @@
 """The online softmax of prefix attention's forward kernels: loops over tiles of a prefix and of ordinary keys.
 
 Its state is acc (BLOCK_M, BLOCK_D), the sum of probabilities times values, m (BLOCK_M,), the largest score by base 2,
-and den (BLOCK_M,), the sum of exp2(score - m). Arguments as in attention_tile.py. Dao 2023, arXiv:2307.08691.
+and den (BLOCK_M,), the sum of exp2(score - m). Arguments as in tile.py. Dao 2023, arXiv:2307.08691.
 """
 
 import triton
 import triton.language as tl
 
-from .attention_tile import LOG2E, capped, kept, load_mask, load_tile, product, see_ordinary, see_prefix
+from .tile import LOG2E, capped, kept, load_mask, load_tile, product, see_ordinary, see_prefix
 
 
 @triton.jit

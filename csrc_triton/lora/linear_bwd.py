@@ -10,10 +10,10 @@ are accumulated in fp32 and rounded once, to the dtype of a and b.
 import torch
 from torch import Tensor
 
-from .lora_expand import lora_expand
-from .lora_gemm import lora_gemm
-from .lora_grad import lora_da, lora_db, lora_db_ds
-from .lora_shrink import lora_shrink
+from .expand import lora_expand
+from .gemm import lora_gemm
+from .grad import lora_da, lora_db, lora_db_ds
+from .shrink import lora_shrink
 
 
 def lora_linear_bwd(

@@ -4,8 +4,13 @@ Integers and pointers are compiled as divisible by 16, as they are at the sites 
 absent tensor (None) are constants, as Triton makes them at a launch.
 """
 
+import importlib
+import pkgutil
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
+
+import csrc_triton
 
 RANKS = (16, 64, 128)
 
@@ -28,6 +33,12 @@ class AotCase:
     constexprs: dict[str, Any]
     options: dict[str, int]
     matmul: bool = True
+
+
+def kernel_modules() -> list[ModuleType]:
+    """The modules that have kernels, found by looking, so that none is forgotten."""
+    names = [m.name for m in pkgutil.walk_packages(csrc_triton.__path__, "csrc_triton.") if not m.ispkg]
+    return [module for module in map(importlib.import_module, names) if hasattr(module, "aot_cases")]
 
 
 def case(kernel: Any, name: str, label: str, candidate: Any, types: dict[str, str], **constants: Any) -> AotCase:

@@ -4,7 +4,7 @@
     out (B, L, Hq, D)    lse (B, Hq, L) fp32, the log of the sum of exp of all scores: prefix, ordinary keys, sink
 
 One online softmax runs over the tiles of the row's prefix and then over the ordinary keys: the prefix is neither
-concatenated nor expanded over the batch. A few queries per row do not fill a GPU that way: prefix_decode.py. Starts,
+concatenated nor expanded over the batch. A few queries per row do not fill a GPU that way: decode.py. Starts,
 lengths, past and masks are read on the device: a captured graph may be replayed with others.
 Products are summed in fp32; fp32 products are exact ones (no tf32).
 Traffic: q and out, and per tile of BLOCK_M queries the keys in reach and the prefix (from L2).
@@ -18,9 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
-from .attention_softmax import attend_ordinary, attend_prefix, finished, initial
-from .attention_tile import (
+from ..common.aot import AotCase
+from ..common.dropout import row_keys
+from ..common.tuning import ALWAYS, CUDA, HOPPER, SMALL, Candidate, candidates, config_for, on_device
+from .decode import prefix_decode
+from .softmax import attend_ordinary, attend_prefix, finished, initial
+from .tile import (
     LN2,
     attention_cases,
     keys_in_reach,
@@ -30,9 +33,6 @@ from .attention_tile import (
     shared_arguments,
     visible_range,
 )  # fmt: skip
-from .dropout import row_keys
-from .prefix_decode import prefix_decode
-from .tuning import ALWAYS, CUDA, HOPPER, SMALL, Candidate, candidates, config_for, on_device
 
 CANDIDATES = candidates("prefix_fwd", [
     Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 3, HOPPER, max_rank=128, default_to=ALWAYS),

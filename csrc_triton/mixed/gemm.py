@@ -1,6 +1,6 @@
 """GEMM of a mixed batch with the low-rank update in its accumulator: y = x @ w.T + bias + s @ B_slot.T, in one pass.
 
-    x (M, K)   w (N, K)   bias (N,)   y (M, N)   planes (P, M, max_rank) fp32: mixed_shrink.py   others: mixed_table.py
+    x (M, K)   w (N, K)   bias (N,)   y (M, N)   planes (P, M, max_rank) fp32: shrink.py   others: table.py
 
     s[m] = scales[slot[m]] * sum_p planes[p, m]      y[m] = w @ x[m] + bias + B[slot[m]] @ s[m]
 
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks as aot_ranks, x_type
-from .mixed_table import DTYPES, adapter, load_b, load_s, padded
-from .tuning import ALWAYS, AMPERE, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
+from ..common.tuning import ALWAYS, AMPERE, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .table import DTYPES, adapter, load_b, load_s, padded
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
@@ -50,7 +50,7 @@ def _mixed_gemm_kernel(
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_M rows, neighbours in order, of BLOCK_N columns; GROUP_M as in lora_gemm.py."""
+    """One program writes BLOCK_M rows, neighbours in order, of BLOCK_N columns; GROUP_M as in lora/gemm.py."""
     pid, tiles_m, tiles_n = tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first = pid // (GROUP_M * tiles_n) * GROUP_M
     group = min(tiles_m - first, GROUP_M)

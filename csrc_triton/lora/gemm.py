@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .dropout import expand_bits
-from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.dropout import expand_bits
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 64) -> dict[str, int]:

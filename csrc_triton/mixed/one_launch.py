@@ -1,7 +1,7 @@
 """A mixed batch of few rows in one launch: y = x @ w.T + bias + s @ B_slot.T, every row with its own adapter. M <= 64.
 
     x (M, K)   w (N, K)   bias (N,)   y (M, N)   planes (SPLIT, M, max_rank) fp32   counters (4,) int32
-    others: mixed_table.py
+    others: table.py
 
     s[m] = scales[slot[m]] * sum_p A[slot[m]][:, part p of K] @ x[m, part p]
     y[m] = w @ x[m] + bias + B[slot[m]] @ s[m]
@@ -28,9 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks as aot_ranks, x_type
-from .mixed_table import DTYPES, adapter, block_rows, load_b, load_s, padded
-from .tuning import ALWAYS, AMPERE, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
+from ..common.tuning import ALWAYS, AMPERE, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
@@ -58,7 +58,7 @@ def _shrink_job(
     job, K, stride_xm, stride_xk, stride_pp, stride_pm,
     DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """As a program of mixed_shrink.py: up to BLOCK_J rows of one adapter, one of SPLIT parts of K."""
+    """As a program of shrink.py: up to BLOCK_J rows of one adapter, one of SPLIT parts of K."""
     slot, rank, rows, mask_m = block_rows(blocks_ptr, order_ptr, ranks_ptr, job // SPLIT, 1, BLOCK_J)
     a_ptr = adapter(addresses_ptr, slot, rank, 0, DTYPE)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)

@@ -10,10 +10,10 @@ scale = scaling / (1 - p). Argument lists are those of the ops (peft_fast/ops/lo
 import torch
 from torch import Tensor
 
-from .lora_expand import lora_expand
-from .lora_gemm import lora_gemm
-from .lora_one_launch import lora_one_launch
-from .lora_shrink import lora_shrink, lora_shrink_group
+from .expand import lora_expand
+from .gemm import lora_gemm
+from .one_launch import lora_one_launch
+from .shrink import lora_shrink, lora_shrink_group
 
 
 def lora_linear_fwd(

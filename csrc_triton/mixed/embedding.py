@@ -1,6 +1,6 @@
 """Shrink of a mixed batch for an embedding: planes = A_slot[:, id] for every row's own adapter, in one launch.
 
-    ids (M,) integers   A_slot (rank, V)   planes (1, M, max_rank) fp32, for mixed_expand.py   others: mixed_table.py
+    ids (M,) integers   A_slot (rank, V)   planes (1, M, max_rank) fp32, for expand.py   others: table.py
 
 A gather: nothing is summed or rounded. An id outside [0, V) gives zeros and reads nothing.
 Traffic: 32 bytes (a sector) per live rank and row, + planes. arXiv:2106.09685.
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import RANKS, AotCase
-from .mixed_table import DTYPES, adapter, block_rows
-from .tuning import ARCHS, block_r, on_device
+from ..common.aot import RANKS, AotCase
+from ..common.tuning import ARCHS, block_r, on_device
+from .table import DTYPES, adapter, block_rows
 
 _BLOCK_M, _LARGEST_R, _WARPS = 16, 64, 4
 

@@ -3,7 +3,7 @@
     delta = dout . out    dP = keep / (1 - p) * dout @ V.T    dS = scale * P * (dP - delta) * (1 - tanh^2 with softcap)
     dq = dS @ [Kp; K]     dk = dS.T @ q                       dv = (keep / (1 - p) * P).T @ dout
 
-P = exp2(s - log2 of the sum) is computed again from the forward's lse (attention_tile.py). A program of dq owns a tile
+P = exp2(s - log2 of the sum) is computed again from the forward's lse (tile.py). A program of dq owns a tile
 of queries, one of dk, dv a tile of keys and loops over the queries of all heads that read it. A program of dprefix owns
 a tile of the T slots and a share of the work list (rows x heads x tiles of queries); rows whose prefix does not meet
 the tile cost two loads. Its sums stay in registers and go to an fp32 plane per share; planes are added in a fixed order
@@ -19,8 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
-from .attention_tile import (
+from ..common.aot import AotCase
+from ..common.dropout import row_keys
+from ..common.planes import sum_planes
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, candidates, config_for, on_device
+from .tile import (
     LOG2E,
     attention_cases,
     block_d,
@@ -38,9 +41,6 @@ from .attention_tile import (
     tile_gradients,
     visible_range,
 )  # fmt: skip
-from .dropout import row_keys
-from .planes import sum_planes
-from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, candidates, config_for, on_device
 
 DQ_CANDIDATES = candidates("prefix_dq", [
     Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),

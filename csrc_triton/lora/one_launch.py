@@ -2,7 +2,7 @@
 
     s = scale * dropout(x) @ a.T
 
-    x (M, K)   w (N, K)   a (R, K)   b (N, R)   bias (N,)   y (M, N)   s (M, R) and bits as lora_shrink.py gives them
+    x (M, K)   w (N, K)   a (R, K)   b (N, R)   bias (N,)   y (M, N)   s (M, R) and bits as shrink.py gives them
 
 Every program computes s for its rows in the K loop that streams its columns of w: x is in registers anyway, a comes
 from L2, and the tensor cores idle while w arrives. That holds while R * M is small (the bound: ops/choice.py); beyond
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .dropout import draw_bytes, expand_bits, row_keys, threshold_of
-from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.dropout import draw_bytes, expand_bits, row_keys, threshold_of
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 CANDIDATES = candidates("lora_one_launch", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128), 4, 3, CUDA, max_rank=64, default_to=ALWAYS),

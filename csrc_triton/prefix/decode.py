@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase
-from .attention_softmax import attend_ordinary, attend_prefix, finished, initial
-from .attention_tile import (
+from ..common.aot import AotCase
+from ..common.dropout import row_keys
+from ..common.tuning import ALWAYS, AMPERE, ARCHS, CUDA, Candidate, candidates, config_for, on_device
+from .softmax import attend_ordinary, attend_prefix, finished, initial
+from .tile import (
     LN2,
     LOG2E,
     attention_cases,
@@ -31,8 +33,6 @@ from .attention_tile import (
     prefix_of,
     visible_range,
 )  # fmt: skip
-from .dropout import row_keys
-from .tuning import ALWAYS, AMPERE, ARCHS, CUDA, Candidate, candidates, config_for, on_device
 
 # PROGRAMS: how many to aim at when keys are split
 CANDIDATES = candidates("prefix_decode", [

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case
-from .tuning import ALWAYS, Candidate, candidates, config_for, on_device
+from ..common.aot import AotCase, case
+from ..common.tuning import ALWAYS, Candidate, candidates, config_for, on_device
 
 # Elements per program; at 8 elements a thread loads 4 bytes and stores 16 (of 16-bit elements).
 CANDIDATES = candidates("fourbit", [

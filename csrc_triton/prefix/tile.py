@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, x_type
-from .dropout import draw_words, threshold_of
-from .tuning import Candidate
+from ..common.aot import AotCase, case, x_type
+from ..common.dropout import draw_words, threshold_of
+from ..common.tuning import Candidate
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .dropout import expand_bits
-from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.dropout import expand_bits
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 CANDIDATES = candidates("lora_expand", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=64), 4, 2, CUDA, default_to=64),

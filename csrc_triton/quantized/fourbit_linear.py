@@ -2,7 +2,7 @@
 
     x (M, K)   packed, absmax of w (N, K), Nested: fourbit.py   a (R, K)   b (N, R)   bias (N,)   y (M, N)
 
-``fourbit_linear`` has one adapter; in ``fourbit_mixed`` every row has its own, as in mixed_one_launch.py, whose
+``fourbit_linear`` has one adapter; in ``fourbit_mixed`` every row has its own, as in mixed/one_launch.py, whose
 protocol of jobs, counters and waiting is used as it is: read it there.
 
 w never exists: nibbles become codes in registers, and an absmax is multiplied once with the sum over its block,
@@ -28,12 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks as aot_ranks, x_type
+from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, Candidate, block_r, candidates, config_for, on_device
+from ..mixed.linear import lora_linear_mixed
+from ..mixed.one_launch import _shrink_job
+from ..mixed.table import DTYPES, adapter, load_b, load_s, padded
 from .fourbit import Nested, dequantize, load_absmax, nested_of
-from .lora_mixed import lora_linear_mixed
-from .mixed_one_launch import _shrink_job
-from .mixed_table import DTYPES, adapter, load_b, load_s, padded
-from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, Candidate, block_r, candidates, config_for, on_device
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,

@@ -1,6 +1,6 @@
 """Expand of a mixed batch: y += s @ B_slot.T in place for every row's own adapter, in one launch.
 
-    planes (P, M, max_rank) fp32 of mixed_shrink.py or mixed_embedding.py    y (M, N)    others: mixed_table.py
+    planes (P, M, max_rank) fp32 of shrink.py or embedding.py    y (M, N)    others: table.py
 
     s[m] = scales[slot[m]] * sum_p planes[p, m]      y[m] += B[slot[m]] @ s[m]
 
@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks as aot_ranks, x_type
-from .mixed_table import DTYPES, adapter, block_rows, load_b, load_s, padded
-from .tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 CANDIDATES = candidates("mixed_expand", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=32), 4, 2, ("sm_80", "sm_90"), default_to=512),

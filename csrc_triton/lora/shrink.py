@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .dropout import draw_bytes, expand_bits, row_keys, threshold_of
-from .planes import sum_planes
-from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.dropout import draw_bytes, expand_bits, row_keys, threshold_of
+from ..common.planes import sum_planes
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
 
 # PROGRAMS: how many programs to aim at when K is split. LARGEST_R: beyond it the grid gets a third axis, and x is
 # read once more (from L2) per block of ranks.

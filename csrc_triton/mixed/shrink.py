@@ -1,6 +1,6 @@
 """Shrink of a mixed batch: planes = x @ A_slot.T for every row's own adapter, in one launch.
 
-    x (M, K)   planes (P, M, max_rank) fp32: s of each part of K, columns up to the row's rank   others: mixed_table.py
+    x (M, K)   planes (P, M, max_rank) fp32: s of each part of K, columns up to the row's rank   others: table.py
 
     planes[p, m, r] = sum_k x[m, k] * A[slot[m]][r, k] over the k of part p
 
@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .aot import AotCase, case, ranks, x_type
-from .mixed_table import DTYPES, adapter, block_rows
-from .tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.aot import AotCase, case, ranks, x_type
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from .table import DTYPES, adapter, block_rows
 
 # PROGRAMS: how many programs to aim at when K is split. LARGEST_R: ranks beyond it take several passes over x's rows.
 CANDIDATES = candidates("mixed_shrink", [

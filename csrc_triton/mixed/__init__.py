@@ -1,0 +1,1 @@
+"""A batch in which every row has its own adapter, or none."""
