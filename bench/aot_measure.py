@@ -46,7 +46,9 @@ def compile_and_measure(case: Any, arch: str) -> dict[str, Any]:
     """Compile ``case`` for ``arch``; return all of a row but its identity, with threads per block and a note."""
     chip = CHIPS[arch]
     source = ASTSource(
-        fn=case.kernel, signature=_signature(case), constexprs=dict(case.constexprs),
+        fn=case.kernel,
+        signature=_signature(case),
+        constexprs=dict(case.constexprs),
         attrs={(i,): [["tt.divisibility", 16]] for i in specialized(case)},
     )
     log = io.StringIO()

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .aot import AotCase
-from .tuning import ARCHS, on_device
+from .launch import launch
+from .tuning import ARCHS, cdiv
 
 _BLOCK, _WARPS = 512, 4
 
@@ -41,11 +42,11 @@ def sum_planes(planes: Tensor, out: Tensor, scale: float) -> Tensor:
     P, rows, cols = planes.shape
     if out.numel() == 0:
         return out
-    with on_device(out):
-        _sum_planes_kernel[(triton.cdiv(rows * cols, _BLOCK),)](
+    launch(
+        _sum_planes_kernel, (cdiv(rows * cols, _BLOCK),), (
             planes, out, scale, P, rows, cols, planes.stride(0), planes.stride(1), out.stride(0),
-            BLOCK=_BLOCK, num_warps=_WARPS,
-        )  # fmt: skip
+        ), dict(num_warps=_WARPS), BLOCK=_BLOCK,
+    )  # fmt: skip
     return out
 
 

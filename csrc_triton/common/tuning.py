@@ -76,12 +76,12 @@ def candidates_for(kernel: str, arch: str, itemsize: int = 2) -> Iterator[Candid
 
 
 def config_for(kernel: str, x: Tensor, M: int, N: int, K: int, R: int) -> dict[str, int]:
-    """The configuration for one launch on x's device: measured if there is a row, else the default."""
+    """The configuration for one launch on x's device: measured if there is a row, else the default. To be read only."""
     if kernel in _tried:
         config, asked = _tried[kernel]
         asked.add((str(x.dtype).removeprefix("torch."), M, N, K, R))
-        return dict(config)
-    return dict(_lookup(kernel, x.device, x.dtype, triton.next_power_of_2(max(M, 1)), N, K, block_r(R)))
+        return config
+    return _lookup(kernel, x.device, x.dtype, power_of_2(M), N, K, block_r(R))
 
 
 @contextmanager
@@ -116,12 +116,23 @@ def use_table(path: Path) -> None:
 
 def block_r(R: int, largest: int = 1 << 30) -> int:
     """BLOCK_R for a rank: a power of two, at least the 16 that tl.dot needs."""
-    return min(largest, max(16, triton.next_power_of_2(R)))
+    return min(largest, max(16, power_of_2(R)))
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+# triton.cdiv and triton.next_power_of_2 are for kernels: called from Python they take 3 us each
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n, and at least 1."""
+    return 1 << max(0, n - 1).bit_length()
 
 
 @functools.lru_cache(maxsize=4096)

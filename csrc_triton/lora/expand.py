@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
 from ..common.dropout import expand_bits
-from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 CANDIDATES = candidates("lora_expand", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=64), 4, 2, CUDA, default_to=64),
@@ -66,13 +67,14 @@ def lora_expand(s: Tensor, b: Tensor, base: Tensor | None, y: Tensor, bits: Tens
     if y.numel() == 0:
         return y
     config = config_for("lora_expand", s, M, N, 0, R)
-    BLOCK_R = block_r(R, config.pop("LARGEST_R"))
-    with on_device(s):
-        _lora_expand_kernel[(triton.cdiv(M, config["BLOCK_M"]), triton.cdiv(N, config["BLOCK_N"]))](
+    BLOCK_R = block_r(R, config["LARGEST_R"])
+    launch(
+        _lora_expand_kernel, (cdiv(M, config["BLOCK_M"]), cdiv(N, config["BLOCK_N"])), (
             s, b, base, bits, y, M, N, R,
             *s.stride(), *b.stride(), *((0, 0) if base is None else base.stride()),
-            0 if bits is None else bits.stride(0), y.stride(0), BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+            0 if bits is None else bits.stride(0), y.stride(0),
+        ), config, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

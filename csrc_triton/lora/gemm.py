@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
 from ..common.dropout import expand_bits
-from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 64) -> dict[str, int]:
@@ -91,13 +92,13 @@ def lora_gemm(x: Tensor, w: Tensor, bias: Tensor | None, s: Tensor, b: Tensor, b
     if y.numel() == 0:
         return y
     config = config_for("lora_gemm", x, M, N, K, R)
-    BLOCK_R = block_r(R, config.pop("LARGEST_R"))
-    with on_device(x):
-        _lora_gemm_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
+    BLOCK_R = block_r(R, config["LARGEST_R"])
+    launch(
+        _lora_gemm_kernel, (cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),), (
             x, w, bias, s, b, bits, y, M, N, K, R,
             *x.stride(), *w.stride(), *s.stride(), *b.stride(), 0 if bits is None else bits.stride(0), y.stride(0),
-            BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+        ), config, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

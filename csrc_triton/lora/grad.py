@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
 from ..common.dropout import expand_bits
+from ..common.launch import launch
 from ..common.planes import sum_planes
-from ..common.tuning import ALWAYS, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.tuning import ALWAYS, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .shrink import lora_shrink
 
 # ROWS: rows of t that one program sums over
@@ -111,20 +112,20 @@ def _launch(
     """Return g, (C, R) or transposed, in ``dtype``, and dS (empty without b). M > 0; one plane is the result itself."""
     (M, C), R = t.shape, v.shape[1]
     config = config_for("lora_grad", t, M, C, 0, R)
-    BLOCK_M, BLOCK_R = config["BLOCK_M"], block_r(R, config.pop("LARGEST_R"))
-    rows = triton.cdiv(config.pop("ROWS"), BLOCK_M) * BLOCK_M
-    blocks_c, chunks = triton.cdiv(C, config["BLOCK_C"]), triton.cdiv(M, rows)
+    BLOCK_M, BLOCK_R = config["BLOCK_M"], block_r(R, config["LARGEST_R"])
+    rows = cdiv(config["ROWS"], BLOCK_M) * BLOCK_M
+    blocks_c, chunks = cdiv(C, config["BLOCK_C"]), cdiv(M, rows)
     planes = t.new_empty((chunks, *((R, C) if transposed else (C, R))), dtype=dtype if chunks == 1 else torch.float32)
     ds_planes = t.new_empty((0 if b is None else blocks_c, M, R), dtype=t.dtype if blocks_c == 1 else torch.float32)
     if planes.numel():
         stride_g = planes.stride()
-        with on_device(t):
-            _lora_grad_kernel[(blocks_c, chunks, triton.cdiv(R, BLOCK_R))](
+        launch(
+            _lora_grad_kernel, (blocks_c, chunks, cdiv(R, BLOCK_R)), (
                 t, v, bits, b, planes, None if b is None else ds_planes, scale if blocks_c == 1 else 1.0, M, C, R, rows,
                 *t.stride(), *v.stride(), 0 if bits is None else bits.stride(0), *((0, 0) if b is None else b.stride()),
                 stride_g[0], *(stride_g[:0:-1] if transposed else stride_g[1:]), ds_planes.stride(0),
-                BLOCK_R=BLOCK_R, **config,
-            )  # fmt: skip
+            ), config, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
     return _total(planes, dtype, 1.0), _total(ds_planes, t.dtype, scale) if b is not None else ds_planes
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
 from ..common.dropout import draw_bytes, expand_bits, row_keys, threshold_of
-from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 CANDIDATES = candidates("lora_one_launch", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128), 4, 3, CUDA, max_rank=64, default_to=ALWAYS),
@@ -96,13 +97,13 @@ def lora_one_launch(
     if y.numel() == 0:
         return y, s, bits
     config = config_for("lora_one_launch", x, M, N, K, R)
-    with on_device(x):
-        _lora_one_launch_kernel[(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))](
+    launch(
+        _lora_one_launch_kernel, (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"])), (
             x, w, bias, a, b, y, s, bits if p > 0 else None, seed if p > 0 else None,
             scale, threshold_of(p), M, N, K, R,
             *x.stride(), *w.stride(), *a.stride(), *b.stride(), y.stride(0), bits.stride(0),
-            BLOCK_R=block_r(R), **config,
-        )  # fmt: skip
+        ), config, BLOCK_R=block_r(R),
+    )  # fmt: skip
     return y, s, bits
 
 

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
 from ..common.dropout import draw_bytes, expand_bits, row_keys, threshold_of
+from ..common.launch import launch
 from ..common.planes import sum_planes
-from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 # PROGRAMS: how many programs to aim at when K is split. LARGEST_R: beyond it the grid gets a third axis, and x is
 # read once more (from L2) per block of ranks.
@@ -103,24 +104,24 @@ def _launch(
     """Return planes (P, M, R), bits, and the factor the planes still want. One plane is final unless fp32 is asked."""
     (M, K), R = x.shape, a.shape[0]
     config = config_for("lora_shrink", x, M, 0, K, R)
-    BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(R, config.pop("LARGEST_R"))
-    tiles = triton.cdiv(M, BLOCK_M) * triton.cdiv(R, BLOCK_R)
-    steps = triton.cdiv(K, BLOCK_K)
+    BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(R, config["LARGEST_R"])
+    tiles = cdiv(M, BLOCK_M) * cdiv(R, BLOCK_R)
+    steps = cdiv(K, BLOCK_K)
     # at least four steps per split: a plane has to be worth its traffic
-    splits = max(1, min(steps // 4, config.pop("PROGRAMS") // max(tiles, 1)))
-    steps_per_program = max(1, triton.cdiv(steps, splits))
-    splits = max(1, triton.cdiv(steps, steps_per_program))
+    splits = max(1, min(steps // 4, config["PROGRAMS"] // max(tiles, 1)))
+    steps_per_program = max(1, cdiv(steps, splits))
+    splits = max(1, cdiv(steps, steps_per_program))
     final = splits == 1 and not fp32
     planes = x.new_empty((splits, M, R), dtype=x.dtype if final else torch.float32)
     bits = x.new_empty((M, (K + 7) // 8) if p > 0 else (0, 0), dtype=torch.uint8)
     if planes.numel():
-        with on_device(x):
-            _lora_shrink_kernel[(triton.cdiv(M, BLOCK_M), splits, triton.cdiv(R, BLOCK_R))](
+        launch(
+            _lora_shrink_kernel, (cdiv(M, BLOCK_M), splits, cdiv(R, BLOCK_R)), (
                 x, a, planes, bits if p > 0 else None, seed if p > 0 else None,
                 scale if final else 1.0, threshold_of(p), M, K, R, steps_per_program * BLOCK_K,
                 *x.stride(), *a.stride(), planes.stride(0), planes.stride(1), bits.stride(0),
-                BLOCK_R=BLOCK_R, **config,
-            )  # fmt: skip
+            ), config, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
     return planes, bits, 1.0 if final else scale
 
 

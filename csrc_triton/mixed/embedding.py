@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import RANKS, AotCase
-from ..common.tuning import ARCHS, block_r, on_device
+from ..common.launch import launch
+from ..common.tuning import ARCHS, block_r, cdiv
 from .table import DTYPES, adapter, block_rows
 
 _BLOCK_M, _LARGEST_R, _WARPS = 16, 64, 4
@@ -46,14 +47,14 @@ def mixed_embedding(
 ) -> Tensor:  # fmt: skip
     """Return planes (1, M, max_rank), written for the rows in blocks and up to their ranks. Trusts its caller."""
     planes = ids.new_empty((1, ids.shape[0], max_rank), dtype=torch.float32)
-    PARTS = triton.cdiv(rows_per_block, _BLOCK_M)
+    PARTS = cdiv(rows_per_block, _BLOCK_M)
     if blocks.shape[0]:
-        with on_device(ids):
-            _mixed_embedding_kernel[(blocks.shape[0] * PARTS,)](
+        launch(
+            _mixed_embedding_kernel, (blocks.shape[0] * PARTS,), (
                 ids.contiguous(), blocks, order, addresses, ranks, planes, V, planes.stride(1),
-                DTYPE=DTYPES[dtype], PARTS=PARTS, BLOCK_M=_BLOCK_M, BLOCK_R=block_r(max_rank, _LARGEST_R),
-                num_warps=_WARPS,
-            )  # fmt: skip
+            ), dict(num_warps=_WARPS), DTYPE=DTYPES[dtype], PARTS=PARTS, BLOCK_M=_BLOCK_M,
+            BLOCK_R=block_r(max_rank, _LARGEST_R),
+        )  # fmt: skip
     return planes
 
 

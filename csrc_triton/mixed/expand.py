@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
-from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 CANDIDATES = candidates("mixed_expand", [
@@ -71,12 +72,12 @@ def mixed_expand(
     if y.numel() == 0 or blocks.shape[0] == 0:
         return y
     config = config_for("mixed_expand", y.new_empty(0, dtype=x_dtype), M, N, 0, max_rank)
-    BLOCK_R, PARTS = block_r(max_rank, config.pop("LARGEST_R")), triton.cdiv(rows_per_block, config["BLOCK_M"])
-    with on_device(y):
-        _mixed_expand_kernel[(blocks.shape[0] * PARTS, triton.cdiv(N, config["BLOCK_N"]))](
+    BLOCK_R, PARTS = block_r(max_rank, config["LARGEST_R"]), cdiv(rows_per_block, config["BLOCK_M"])
+    launch(
+        _mixed_expand_kernel, (blocks.shape[0] * PARTS, cdiv(N, config["BLOCK_N"])), (
             planes, blocks, order, addresses, ranks, scales, y, P, N, planes.stride(0), planes.stride(1), y.stride(0),
-            DTYPE=DTYPES[dtype], X_DTYPE=DTYPES[x_dtype], PARTS=PARTS, BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+        ), config, DTYPE=DTYPES[dtype], X_DTYPE=DTYPES[x_dtype], PARTS=PARTS, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

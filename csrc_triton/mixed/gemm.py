@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
-from ..common.tuning import ALWAYS, AMPERE, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, AMPERE, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .table import DTYPES, adapter, load_b, load_s, padded
 
 
@@ -108,13 +109,13 @@ def mixed_gemm(
     if y.numel() == 0:
         return y
     config = config_for("mixed_gemm", x, M, N, K, max_rank)
-    BLOCK_R = block_r(max_rank, config.pop("LARGEST_R"))
-    with on_device(x):
-        _mixed_gemm_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
+    BLOCK_R = block_r(max_rank, config["LARGEST_R"])
+    launch(
+        _mixed_gemm_kernel, (cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),), (
             x, w, bias, planes, slots, order, addresses, ranks, scales, y, M, N, K, P, ranks.shape[0],
             *x.stride(), *w.stride(), planes.stride(0), planes.stride(1), y.stride(0),
-            DTYPE=DTYPES[dtype], BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+        ), config, DTYPE=DTYPES[dtype], BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

@@ -29,7 +29,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
-from ..common.tuning import ALWAYS, AMPERE, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import (
+    ALWAYS,
+    AMPERE,
+    ARCHS,
+    HOPPER,
+    SMALL,
+    Candidate,
+    block_r,
+    candidates,
+    cdiv,
+    config_for,
+    power_of_2,
+)
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 
@@ -162,15 +175,14 @@ def mixed_one_launch(
     if y.numel() == 0:
         return y
     config = config_for("mixed_one_launch", x, M, N, K, max_rank)
-    BLOCK_R = block_r(max_rank, config.pop("LARGEST_R"))
+    BLOCK_R = block_r(max_rank, config["LARGEST_R"])
     planes = x.new_empty((config["SPLIT"], M, max_rank), dtype=torch.float32)
-    with on_device(x):
-        _mixed_one_launch_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+    launch(
+        _mixed_one_launch_kernel, (cdiv(N, config["BLOCK_N"]),), (
             x, w, bias, blocks, order, addresses, ranks, scales, planes, counters, y, M, N, K, n_blocks,
             *x.stride(), *w.stride(), planes.stride(0), planes.stride(1), y.stride(0),
-            DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=triton.next_power_of_2(n_blocks), BLOCK_R=BLOCK_R,
-            **config,
-        )  # fmt: skip
+        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=power_of_2(n_blocks), BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
-from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .table import DTYPES, adapter, block_rows
 
 # PROGRAMS: how many programs to aim at when K is split. LARGEST_R: ranks beyond it take several passes over x's rows.
@@ -71,21 +72,21 @@ def mixed_shrink(
     """Return planes (P, M, max_rank), written for the rows in blocks and up to their ranks. Trusts its caller."""
     M, K = x.shape
     config = config_for("mixed_shrink", x, M, 0, K, max_rank)
-    BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(max_rank, config.pop("LARGEST_R"))
-    PARTS = triton.cdiv(rows_per_block, BLOCK_M)
-    steps = triton.cdiv(K, BLOCK_K)
+    BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(max_rank, config["LARGEST_R"])
+    PARTS = cdiv(rows_per_block, BLOCK_M)
+    steps = cdiv(K, BLOCK_K)
     # at least two steps per part: a plane has to be worth its traffic
-    splits = max(1, min(steps // 2, config.pop("PROGRAMS") // max(blocks.shape[0] * PARTS, 1)))
-    steps_per_program = max(1, triton.cdiv(steps, splits))
-    splits = max(1, triton.cdiv(steps, steps_per_program))
+    splits = max(1, min(steps // 2, config["PROGRAMS"] // max(blocks.shape[0] * PARTS, 1)))
+    steps_per_program = max(1, cdiv(steps, splits))
+    splits = max(1, cdiv(steps, steps_per_program))
     planes = x.new_empty((splits, M, max_rank), dtype=torch.float32)
     if blocks.shape[0]:
-        with on_device(x):
-            _mixed_shrink_kernel[(blocks.shape[0] * PARTS, splits)](
+        launch(
+            _mixed_shrink_kernel, (blocks.shape[0] * PARTS, splits), (
                 x, blocks, order, addresses, ranks, planes, K, steps_per_program * BLOCK_K,
                 *x.stride(), planes.stride(0), planes.stride(1),
-                DTYPE=DTYPES[dtype], PARTS=PARTS, BLOCK_R=BLOCK_R, **config,
-            )  # fmt: skip
+            ), config, DTYPE=DTYPES[dtype], PARTS=PARTS, BLOCK_R=BLOCK_R,
+        )  # fmt: skip
     return planes
 
 

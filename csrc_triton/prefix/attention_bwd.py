@@ -376,7 +376,7 @@ def _dprefix(prefix_k: Tensor, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     config = config_for("prefix_dprefix", prefix_k, T, 0, 0, D)
     tiles = triton.cdiv(T, config["BLOCK_N"]) * KV
     jobs = shared["B"] * shared["group"] * triton.cdiv(shared["L"], config["BLOCK_M"])
-    shares = max(1, min(config.pop("PROGRAMS") // max(tiles, 1), jobs))
+    shares = max(1, min(config["PROGRAMS"] // max(tiles, 1), jobs))
     dtype = prefix_k.dtype if shares == 1 else torch.float32
     planes = [prefix_k.new_empty((shares, T, KV, D), dtype=dtype) for _ in range(2)]
     if planes[0].numel():

@@ -161,7 +161,7 @@ def prefix_decode(
     """Fill out (B, L, Hq, D) and lse (B, Hq, L); shared: of ``shared_arguments``. Trusts its caller."""
     (B, H, L, D), group = q.shape, shared["group"]
     config = config_for("prefix_decode", q, group * L, 0, 0, D)
-    BLOCK_N, programs = config["BLOCK_N"], config.pop("PROGRAMS")
+    BLOCK_N, programs = config["BLOCK_N"], config["PROGRAMS"]
     KV, tiles = H // group, B * triton.cdiv(group * L, config["BLOCK_M"])
     prefix_tiles = triton.cdiv(B * group * L, config["BLOCK_M"]) if shared["max_length"] else 0
     prefix_splits, slots = _split(shared["max_length"], BLOCK_N, programs // max(KV * prefix_tiles, 1))

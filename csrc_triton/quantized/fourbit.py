@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case
-from ..common.tuning import ALWAYS, Candidate, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, Candidate, candidates, cdiv, config_for
 
 # Elements per program; at 8 elements a thread loads 4 bytes and stores 16 (of 16-bit elements).
 CANDIDATES = candidates("fourbit", [
@@ -108,11 +109,11 @@ def dequantize(
     span = min(blocksize, config["BLOCK_E"])
     rows = "dense" if w.is_contiguous() else "whole" if K % span == 0 else "any"
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
-    with on_device(packed):
-        _fourbit_kernel[(triton.cdiv(N * K, config["BLOCK_E"]),)](
+    launch(
+        _fourbit_kernel, (cdiv(N * K, config["BLOCK_E"]),), (
             packed, code, absmax, code2, absmax2, offset, w, N * K, (N * K + 1) // 2, K, w.stride(0),
-            BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, ROWS=rows, enable_fp_fusion=False, **config,
-        )  # fmt: skip
+        ), config, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, ROWS=rows, enable_fp_fusion=False,
+    )  # fmt: skip
     return w
 
 

@@ -29,7 +29,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
-from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, Candidate, block_r, candidates, cdiv, config_for, power_of_2
 from ..mixed.linear import lora_linear_mixed
 from ..mixed.one_launch import _shrink_job
 from ..mixed.table import DTYPES, adapter, load_b, load_s, padded
@@ -271,13 +272,13 @@ def fourbit_linear(
     config = config_for("fourbit_linear", x, M, N, K, R)
     config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
-    with on_device(x):
-        _fourbit_linear_kernel[(triton.cdiv(N, config["BLOCK_N"]), triton.cdiv(M, config["BLOCK_M"]))](
+    launch(
+        _fourbit_linear_kernel, (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"])), (
             x, packed, code, absmax, code2, absmax2, offset, bias, a, b, y, scale, M, N, K, R,
             x.stride(0), *((0, 0, 0, 0) if a is None else (*a.stride(), *b.stride())), y.stride(0),
-            BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type),
-            BLOCK_R=block_r(R), **config,
-        )  # fmt: skip
+        ), config, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type),
+        BLOCK_R=block_r(R),
+    )  # fmt: skip
     return y
 
 
@@ -298,17 +299,16 @@ def fourbit_mixed(
         return y
     config = config_for("fourbit_mixed", x, M, N, K, max_rank)
     config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
-    BLOCK_R = block_r(max_rank, config.pop("LARGEST_R"))
+    BLOCK_R = block_r(max_rank, config["LARGEST_R"])
     planes = x.new_empty((config["SPLIT"], M, max_rank), dtype=torch.float32)
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
-    with on_device(x):
-        _fourbit_mixed_kernel[(triton.cdiv(N, config["BLOCK_N"]),)](
+    launch(
+        _fourbit_mixed_kernel, (cdiv(N, config["BLOCK_N"]),), (
             x, packed, code, absmax, code2, absmax2, offset, bias, blocks, order, addresses, ranks, scales, planes,
             counters, y, M, N, K, n_blocks, x.stride(0), planes.stride(0), planes.stride(1), y.stride(0),
-            DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=triton.next_power_of_2(n_blocks),
-            BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type),
-            BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=power_of_2(n_blocks),
+        BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type), BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

@@ -21,7 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks, x_type
-from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, config_for, on_device
+from ..common.launch import launch
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 # LARGEST_R: beyond it the grid gets a second axis, and x is read once more (from L2) per block of ranks.
 CANDIDATES = candidates("int8_quantize", [
@@ -163,13 +164,14 @@ def int8_quantize(
     if M == 0:
         return q, absmax, s
     config = config_for("int8_quantize", x, M, 0, K, R)
-    BLOCK_R = block_r(R, config.pop("LARGEST_R"))
-    with on_device(x):
-        # products and sums are rounded one by one, or q would not be bitsandbytes' in every bit
-        _int8_quantize_kernel[(triton.cdiv(M, config["BLOCK_M"]), max(1, triton.cdiv(R, BLOCK_R)))](
+    BLOCK_R = block_r(R, config["LARGEST_R"])
+    # products and sums are rounded one by one, or q would not be bitsandbytes' in every bit
+    launch(
+        _int8_quantize_kernel, (cdiv(M, config["BLOCK_M"]), max(1, cdiv(R, BLOCK_R))), (
             x, a, q, absmax, s, scale, threshold or float("inf"), M, K, R,
-            *x.stride(), *((0, 0) if a is None else a.stride()), BLOCK_R=BLOCK_R, enable_fp_fusion=False, **config,
-        )  # fmt: skip
+            *x.stride(), *((0, 0) if a is None else a.stride()),
+        ), config, BLOCK_R=BLOCK_R, enable_fp_fusion=False,
+    )  # fmt: skip
     return q, absmax, s
 
 
@@ -189,13 +191,13 @@ def int8_gemm(
     if y.numel() == 0:
         return y
     config = config_for("int8_gemm", y, M, N, K, R)
-    BLOCK_R = block_r(R, config.pop("LARGEST_R"))
-    with on_device(q):
-        _int8_gemm_kernel[(triton.cdiv(M, config["BLOCK_M"]) * triton.cdiv(N, config["BLOCK_N"]),)](
+    BLOCK_R = block_r(R, config["LARGEST_R"])
+    launch(
+        _int8_gemm_kernel, (cdiv(M, config["BLOCK_M"]) * cdiv(N, config["BLOCK_N"]),), (
             q, absmax, w, w_absmax, bias, s, b, y, M, N, K, R,
             q.stride(0), w.stride(0), R, *((0, 0) if b is None else b.stride()), y.stride(0),
-            BLOCK_R=BLOCK_R, **config,
-        )  # fmt: skip
+        ), config, BLOCK_R=BLOCK_R,
+    )  # fmt: skip
     return y
 
 

@@ -84,16 +84,14 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the kernels launched so far."""
-    from triton.runtime.jit import KernelInterface
+    from csrc_triton.common import launch
 
     names: list[str] = []
-    select = KernelInterface.__getitem__
 
-    def counted(self, grid):
-        names.append(self.fn.__name__.removeprefix("_").removesuffix("_kernel"))
-        return select(self, grid)
+    def count(kernel):
+        names.append(kernel.fn.__name__.removeprefix("_").removesuffix("_kernel"))
 
-    monkeypatch.setattr(KernelInterface, "__getitem__", counted)
+    monkeypatch.setattr(launch, "LISTENERS", [count])
     return names
 
 
