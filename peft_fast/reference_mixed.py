@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cpu import slow_on_cpu
+
 Group = tuple[slice, Tensor, Tensor, float]
 FewGroup = tuple[slice, npt.NDArray[Any], npt.NDArray[Any], float]
 # Up to this many rows to an adapter, on average, the products are numpy's, in fp32: see ``add_few``.
@@ -43,10 +45,10 @@ def lora_mixed(y: Tensor, x: Tensor, groups: Sequence[Group], order: Tensor | No
         return y
     few = few_rows(x, len(groups))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, x, *(t for g in groups for t in g[1:3]))):
-        return _with_gradients(y, x.float() if few and x.element_size() == 2 else x, groups, order)
+        return _with_gradients(y, x.float() if x.element_size() == 2 and (few or _slow(x)) else x, groups, order)
     if few:
         return add_few(y, x, [(rows, as_array(a), as_array(b), scaling) for rows, a, b, scaling in groups], order)
-    if x.is_cpu and x.element_size() == 2 and x.shape[0] <= _FEW_NARROW_ROWS * len(groups):
+    if x.is_cpu and x.element_size() == 2 and (x.shape[0] <= _FEW_NARROW_ROWS * len(groups) or _slow(x)):
         return y.copy_(lora_mixed(y.float(), x.float(), groups, order))
     if order is None:
         return _add_groups(y, x, groups)
@@ -57,6 +59,10 @@ def lora_mixed(y: Tensor, x: Tensor, groups: Sequence[Group], order: Tensor | No
 def few_rows(x: Tensor, groups: int) -> bool:
     """Whether so few rows of x (M, K) share an adapter that ``add_few`` is faster."""
     return x.is_cpu and x.shape[0] <= _FEW_ROWS * groups
+
+
+def _slow(x: Tensor) -> bool:
+    return x.is_cpu and slow_on_cpu(x.dtype)
 
 
 def add_few(y: Tensor, x: Tensor, groups: Iterable[FewGroup], order: Tensor | None = None) -> Tensor:

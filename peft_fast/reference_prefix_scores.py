@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .reference import dropout_bits
+from .reference_dropout import dropout_bits
 
 # What a masked score is set to where it has to be finite, so that no difference of two logs is NaN. Scores below the
 # second count as masked, and a log of a sum below it saw no key.

@@ -27,9 +27,15 @@ def table(monkeypatch):
     monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "_triton_version", lambda: "3.9")
-    choice._measured.cache_clear()
+    monkeypatch.setattr(choice, "triton_failure", lambda device: "")
+    forget()
     yield rows
-    choice._measured.cache_clear()
+    forget()
+
+
+def forget():
+    for cached in (choice._measured, choice._automatic, choice._automatic_mixed):
+        cached.cache_clear()
 
 
 def pick(device=GPU, dtype=torch.bfloat16, M=64, N=512, K=256, R=16, **options):
@@ -95,6 +101,7 @@ def test_the_row_of_the_smallest_sufficient_M_wins(table):
 def test_without_kernels_for_it(table, monkeypatch):
     assert pick(dtype=torch.float64) == ("torch", "no kernels for float64")
     monkeypatch.setattr(choice, "has_triton", lambda: False)
+    forget()
     assert pick(p=0.5) == ("torch", "triton is not installed")
 
 
@@ -180,7 +187,7 @@ def test_a_mixed_batch_on_a_gpu_never_takes_plain_torch(table):
     assert name == "grouped" and reason.startswith("no measured entry for Test GPU at bfloat16 M=64")
     table.append(ROW)
     assert mixed().name == "grouped", "a row of another op"
-    choice._measured.cache_clear()
+    forget()
     table.append(ROW | {"op": "lora_mixed"})
     assert [mixed(M=M).name for M in (1, 64, 65)] == ["one_launch", "one_launch", "grouped"]
     with pytest.raises(RuntimeError, match="row's slot back from cuda:0: leave the argument"):

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from numerics import assert_as_accurate
-from peft_fast import reference
+from peft_fast import cpu, reference, reference_dropout, reference_mixed
 from peft_fast.ops import functional, lora_linear as op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -121,6 +122,73 @@ def test_fp32_adapters_on_half_activations(dtype, M):
         lambda: make(M, 48, 64, 8, dtype, adapter_dtype=torch.float32),
         0.5,
     )
+
+
+class Products(TorchDispatchMode):
+    """The dtypes of the matrix products that are made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            self.dtypes.append(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+class TestACpuThatIsSlowAt16Bits:
+    """Only the base's products stay in 16 bits there, however many rows there are: forward, backward, inference."""
+
+    @pytest.fixture(autouse=True)
+    def slow(self, monkeypatch):
+        for module in (reference, reference_mixed):
+            monkeypatch.setattr(module, "slow_on_cpu", lambda dtype: dtype.itemsize == 2)
+
+    def linear(self, p):
+        seed = torch.tensor([5]) if p else None
+        return lambda x, w, a, b, bias: functional.lora_linear(x, w, a, b, 0.7, bias, dropout_p=p, seed=seed)
+
+    def test_values(self, dtype, p):
+        check(self.linear(p), lambda: make(130, 48, 64, 8, dtype), 0.7, p, torch.tensor([5]))
+        check(self.linear(p), lambda: make(130, 48, 64, 8, dtype, torch.float32), 0.7, p, torch.tensor([5]))
+
+    def test_products(self, dtype, p):
+        x, w, a, b, bias = make(130, 48, 64, 8, dtype)
+        seed = torch.tensor([5]) if p else None
+        with Products() as made:
+            y, s, bits = reference.lora_linear_fwd(x, w, bias, a, b, 0.7, p, seed)
+            reference.lora_linear_bwd(y, x, w, a, b, s, bits, 0.7, p, [True] * 3)
+        assert (made.dtypes.count(dtype), made.dtypes.count(torch.float32)) == (2, 6)
+        with torch.no_grad(), Products() as made:
+            functional.lora_linear(x, w, a, b, 0.7, bias)
+        assert (made.dtypes.count(dtype), made.dtypes.count(torch.float32)) == (1, 2)
+
+    def test_rows_of_several_adapters(self, dtype, p):
+        x, w, a, b, _ = make(130, 48, 64, 8, dtype)
+        groups = [(slice(0, 100), a, b, 0.7), (slice(100, 130), a, b, 0.2)]
+        with torch.no_grad(), Products() as made:
+            y = reference_mixed.lora_mixed(F.linear(x, w), x, groups)
+        assert made.dtypes.count(dtype) == 1 and y.dtype == dtype
+
+
+def test_what_a_cpu_is_fast_at_is_measured_once(monkeypatch):
+    seconds = {torch.float32: 1.0, torch.bfloat16: 8.0, torch.float16: 2.0}
+    monkeypatch.setattr(cpu, "_seconds", lambda dtype: seconds[dtype])
+    cpu.slow_on_cpu.cache_clear()
+    try:
+        assert [cpu.slow_on_cpu(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
+            True,
+            False,
+            False,
+        ]
+        assert "bf16 in fp32, of fp16 natively" in cpu.describe()
+        seconds[torch.bfloat16] = 0.4
+        assert cpu.slow_on_cpu(torch.bfloat16)
+    finally:
+        cpu.slow_on_cpu.cache_clear()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
@@ -295,8 +363,15 @@ class TestDropoutBits:
     def test_independent_of_the_piece_size(self, monkeypatch):
         seed = torch.tensor([7])
         bits = reference.dropout_bits(seed, 50, 33, 0.5)
-        monkeypatch.setattr(reference, "_MASK_PIECE", 40)
+        monkeypatch.setattr(reference_dropout, "_MASK_PIECE", 40)
         assert torch.equal(bits, reference.dropout_bits(seed, 50, 33, 0.5))
+
+    @pytest.mark.parametrize("seed", [0, 7, 2**62 + 11, -(2**61) + 12345, -1])
+    @pytest.mark.parametrize("M, K", [(1, 1), (50, 33), (9, 70), (0, 8)])
+    def test_the_mask_drawn_on_a_gpu_is_the_same(self, M, K, seed, monkeypatch):
+        seed = torch.tensor([seed])
+        monkeypatch.setattr(reference_dropout, "_WIDE_PIECE", 100)
+        assert torch.equal(reference_dropout.by_torch(seed, M, K, 0.3), reference.dropout_bits(seed, M, K, 0.3))
 
     @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
     def test_statistics(self, p):

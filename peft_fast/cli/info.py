@@ -42,7 +42,9 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import torch
 
-    lines = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
+    from .. import cpu
+
+    lines = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; {cpu.describe()}"]
     for i in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(i)
         memory = properties.total_memory / 2**30

@@ -2,6 +2,7 @@
 
     torch       plain torch: the vendor's GEMMs, addmm into the base's output. The safe path, and what CPU tensors take
     addmm       the same GEMMs, but s and dropout's mask from a kernel: the safe path on a GPU when there is dropout
+                and Triton works there (``triton_failure``)
     one_launch  base and update in one kernel, for few rows (``ONE_LAUNCH_MAX_RANK``, ``ONE_LAUNCH_MAX_MR``)
     split       s by one kernel, base and update by a second one
     peft        PEFT's own order of casts, in plain torch
@@ -30,6 +31,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,13 +74,19 @@ class Situation(NamedTuple):
         return f"{self.op:<16} {self.situation:<48} {self.choice:<11} {self.reason}"
 
 
+# os.environ's own dictionary: a look-up through os.environ encodes and decodes, which takes 1 us, and this is asked in
+# every call of every layer
+_ENVIRONMENT: Any = getattr(os.environ, "_data", os.environ)
+_KEY: Any = os.environ.encodekey(VARIABLE) if _ENVIRONMENT is not os.environ else VARIABLE
+
+
 def requested(op: str, implementation: str | None, names: tuple[str, ...] = IMPLEMENTATIONS) -> str:
     """Return what the caller or the environment asks for, one of ``names``; "auto" when neither does, or the
     environment's is none that this op has.
 
     Raises: ValueError on another name.
     """
-    name = implementation or os.environ.get(VARIABLE) or "auto"
+    name = implementation or (_KEY in _ENVIRONMENT and os.environ[VARIABLE]) or "auto"
     if implementation is None and name not in names and name in (*IMPLEMENTATIONS, *MIXED_IMPLEMENTATIONS):
         return "auto"  # the variable forces another op
     if name not in names:
@@ -104,20 +112,68 @@ def choose(
         return Choice(name, "forced by the argument" if implementation == name else f"forced by {VARIABLE}")
     if device.type != "cuda":
         return Choice("torch", f"{device.type} tensors take plain torch")
+    choice = _automatic(op, device, dtype, _rows(M), N, K, _bucket(R), p > 0)
+    if choice.name in _KERNELS and (failure := triton_failure(device)):
+        return Choice("torch", failure)
+    return choice
+
+
+@functools.lru_cache(maxsize=4096)
+def _automatic(
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool
+) -> Choice:
+    """What "auto" means on a GPU; M and R count up to the next power of two."""
     if dtype not in _KERNEL_DTYPES:
         return Choice("torch", f"no kernels for {_name(dtype)}")
     if not has_triton():
         return Choice("torch", "triton is not installed")
-    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), p > 0):
+    for limit, choice in _measured(op, device, dtype, N, K, R, dropout):
         if limit >= M:
             return choice
     where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
-    if p > 0:
-        # plain torch would draw the mask on the CPU
+    if dropout:
         return Choice(
             "addmm", f"no measured entry for {where} with dropout; the vendor's GEMMs, the mask from a kernel"
         )
     return Choice("torch", f"no measured entry for {where}; the vendor's GEMMs")
+
+
+def triton_failure(device: torch.device) -> str:
+    """Why Triton cannot run a kernel on this GPU, or "" where it can. Tried once, by a tiny launch, and said in one
+    warning: PEFT works there, so plain torch takes over.
+
+    Causes are outside of the library: no C compiler or no headers of Python for Triton's launcher, a cache directory
+    that cannot be written, a chip that this Triton does not know.
+    """
+    if not has_triton():
+        return "triton is not installed"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return ""  # nothing may be loaded now; a launch that then fails says so itself
+    return _triton_failure(device)
+
+
+@functools.cache
+def _triton_failure(device: torch.device) -> str:
+    try:
+        planes = importlib.import_module("csrc_triton.common.planes")
+        planes.sum_planes(torch.ones(2, 1, 1, device=device), torch.empty(1, 1, device=device), 1.0)
+    except Exception as error:  # whatever it is, it must not stop a program that needs no kernel
+        failure = f"Triton cannot run kernels on {device} ({type(error).__name__}: {str(error).strip()[:300]})"
+        warnings.warn(
+            f"peft_fast: {failure}. Plain torch runs in their place, which is slower. Triton needs a C compiler (gcc "
+            "or clang), the headers of Python and a cache directory that can be written (TRITON_CACHE_DIR).",
+            stacklevel=2,
+        )
+        return failure
+    return ""
+
+
+def forget() -> None:
+    """Look the tables up again, after they have changed."""
+    _automatic.cache_clear()
+    _automatic_mixed.cache_clear()
+    _measured.cache_clear()
+    _table.cache_clear()
 
 
 def choose_mixed(
@@ -132,6 +188,8 @@ def choose_mixed(
     name = requested(op, implementation, MIXED_IMPLEMENTATIONS)
     if device.type == "cpu" and name == "auto":
         return Choice("torch", "cpu tensors take plain torch")
+    if name == "auto" and device.type == "cuda" and dtype in _KERNEL_DTYPES and has_triton():
+        return _automatic_mixed(device, dtype, _rows(M), N, K, _bucket(R))
     if name == "torch" and device.type != "cpu":
         raise RuntimeError(
             f"{op}: implementation 'torch' would read every row's slot back from {device}: leave the argument "
@@ -139,9 +197,12 @@ def choose_mixed(
         )
     if name != "torch":
         _check_forced(op, "grouped" if name == "auto" else name, device, dtype, M, R)
-    if name != "auto":
-        return Choice(name, "forced by the argument" if implementation == name else f"forced by {VARIABLE}")
-    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), False):
+    return Choice(name, "forced by the argument" if implementation == name else f"forced by {VARIABLE}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _automatic_mixed(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> Choice:
+    for limit, choice in _measured("lora_mixed", device, dtype, N, K, R, False):
         if limit >= M:
             return choice
     where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
@@ -325,6 +386,11 @@ def _triton_version() -> str:
 def _bucket(R: int) -> int:
     """The power of two that a kernel rounds the rank up to, at least 16."""
     return max(16, 1 << (R - 1).bit_length())
+
+
+def _rows(M: int) -> int:
+    """M as the tables count it: the next power of two."""
+    return 1 << max(0, M - 1).bit_length()
 
 
 def _name(dtype: torch.dtype) -> str:

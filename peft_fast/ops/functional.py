@@ -6,6 +6,7 @@ output of one that is not (``lora_update``). The same for a batch in which every
 (``prefix_attention``, whose body is in prefix_functional.py).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, PREFIX_IMPLEMENTATIONS, requested
+from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, PREFIX_IMPLEMENTATIONS, choose, requested
 from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 from .lora_mixed import embedding_mixed, linear_mixed, update_mixed
@@ -62,7 +63,7 @@ def lora_linear(
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
     name = requested("lora_linear", implementation)
-    plain = _plain_inference(x, dropout_p, name)
+    plain = dropout_p == 0 and _plain_inference(x, a, w.shape[0], name)
     if plain and b.shape[0] == w.shape[0] and not torch.compiler.is_compiling():
         # The checks below cost as much as one token's update: they are made only when torch refuses.
         try:
@@ -118,7 +119,7 @@ def lora_update(
         )
     if name == "peft":
         return _peft_update(base, x, a, b, scaling, dropout_p)
-    if _plain_inference(x, dropout_p, name):
+    if dropout_p == 0 and _plain_inference(x, a, N, name):
         return reference.lora_update(base, x, a, b, scaling)
     x = x.to(_autocast_dtype(x) or x.dtype)
     args = (base.reshape(-1, N), x.reshape(-1, x.shape[-1]), a, b, scaling, dropout_p, seed, name)
@@ -302,15 +303,29 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     return None
 
 
-def _plain_inference(x: Tensor, p: float, name: str) -> bool:
-    """Whether plain torch can be called with no operator around it: what is on a CPU, without gradients."""
-    return (
-        p == 0
-        and x.is_cpu
-        and not torch.is_grad_enabled()
-        and (name == "auto" or name == "torch")
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _plain_inference(x: Tensor, a: Tensor, N: int, name: str) -> bool:
+    """Whether plain torch can be called with no operator around it: without gradients, where that is what would run.
+
+    In a graph for a GPU it stays an operator, which chooses by the sizes of each call.
+    """
+    if torch.is_grad_enabled() or not (name == "auto" or name == "torch"):
+        return False
+    if _on_cpu(x):
+        return not torch.is_autocast_enabled("cpu")
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    if name == "torch":
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    *rows, K = x.shape
+    choice = choose("lora_linear", x.device, x.dtype, math.prod(rows), N, K, a.shape[0], implementation=name)
+    return choice.name == "torch"
+
+
+def _on_cpu(x: Tensor) -> bool:
+    """In a place of its own, so that a benchmark without a GPU can measure a GPU's path."""
+    return x.is_cpu
 
 
 def _peft_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
