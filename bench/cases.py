@@ -63,6 +63,31 @@ class OpCase:
 
 
 @dataclass(frozen=True)
+class HostCase(OpCase):
+    """One token in one small bf16 layer, by the steps that a GPU's path takes: the time of the host alone.
+
+    must: peft's time over peft_fast's must not be less.
+    """
+
+    site: str = "layer"
+    K: int = 64
+    N: int = 64
+    M: int = 1
+    R: int = 16
+    must: float = 1 / 0.85
+
+    def __str__(self) -> str:
+        return f"host-{self.adapters}"
+
+    @property
+    def words(self) -> str:
+        return f"host time of one layer on a GPU, one token, bf16, {self.adapters} adapter"
+
+    def tiny(self) -> "HostCase":
+        return self
+
+
+@dataclass(frozen=True)
 class ModelCase:
     """A Llama with all-linear LoRA of rank 16. mode: "fwd" without gradients, or "train": forward, loss, backward.
 

@@ -15,7 +15,10 @@ NOT_YET = "not measured yet"
 # suite -> the cases that README.md shows beside the one with the worst ratio; "memory CASE": growth of memory;
 # "compiled CASE": both libraries under torch.compile
 HEADLINES = {
-    "lora": ("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16", "compiled lora-fwd-1x1-bf16"),
+    "lora": (
+        *("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16", "compiled lora-fwd-1x1-bf16"),
+        *("host-bf16", "host-fp32"),
+    ),
     "mixed": ("mixed-32x1-32of32-bf16-adapters", "mixed-8x1-1of100-fp32", "load_adapter-as-number-100"),
     "prefix": ("train-8x128-P1024-fp32", "decode-8x256-P128-fp32"),
     "quant": ("quant-fwd-8x128-nf4-bf16",),
@@ -27,7 +30,8 @@ HEADLINES = {
 }
 NOTES = {
     "lora": "One layer: a site of a quarter of Llama-3-8B's sizes. Models: a Llama with hidden size 512 and 8 layers, "
-    "LoRA of rank 16 on all linear layers as `get_peft_model` makes it.",
+    "LoRA of rank 16 on all linear layers as `get_peft_model` makes it. Host time on a GPU: what Python and torch do "
+    "for a layer and a token before kernels run, measured on a CPU by the steps of a GPU's path on tiny tensors.",
     "mixed": "The same Llama with adapters of ranks 4 to 64; rows take theirs in turn. Management: 224 linear layers.",
     "prefix": "P: learned tokens. 8 query heads, 2 of keys, size 64. `two calls`: torch's flash attention of the text "
     "and of the prefix, merged by their logs of sums; `concatenated`: peft's way, as if it could mix prefixes.",

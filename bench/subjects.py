@@ -3,6 +3,7 @@
 from . import (
     cases,
     generate_models,
+    host_layer,
     lora_models,
     lora_sites,
     manage_cases,
@@ -19,6 +20,7 @@ from .subject import Subject
 
 SUBJECTS: dict[type, type[Subject]] = {
     cases.OpCase: lora_sites.LoraSite,
+    cases.HostCase: host_layer.HostLayer,
     cases.ModelCase: lora_models.LoraModel,
     cases.MixedCase: mixed_cases.MixedBatch,
     cases.MixedOpCase: mixed_sites.MixedLayer,

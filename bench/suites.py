@@ -8,6 +8,7 @@ from typing import Any
 from .cases import (
     BYTES,
     GenerateCase,
+    HostCase,
     ManageCase,
     MixedCase,
     MixedDecodeCase,
@@ -121,6 +122,8 @@ def _lora(quick: bool) -> Iterator[Any]:
     if not quick:
         for M in (1, 256):
             yield OpCase(*LLAMA_QUARTER[1], M, 16, dtype="fp32", adapters="fp32")
+    for adapters in ("bf16", "fp32"):
+        yield HostCase(adapters=adapters)
     rows, tokens = (2, 32) if quick else (8, 128)
     for dtype in ("bf16",) if quick else BYTES:
         yield ModelCase("fwd", dtype, rows, tokens)

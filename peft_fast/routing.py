@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.choice import MIXED_IMPLEMENTATIONS, has_triton, requested
+from .ops.choice import MIXED_IMPLEMENTATIONS, requested, triton_failure
 from .ops.functional import MixedPlan, mixed_plan
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -90,7 +90,7 @@ class MixedBatch:
             return False
         if self.bank is None or self.peft_arithmetic:
             return True
-        if self.implementation in ("auto", "torch") and (x.device.type != "cuda" or not has_triton()):
+        if self.implementation in ("auto", "torch") and (x.device.type != "cuda" or triton_failure(x.device)):
             return True
         if not torch.is_grad_enabled() or self._names is None:
             return False

@@ -18,6 +18,7 @@ from torch import nn
 
 from bench import (
     cases,
+    host_layer,
     lora_models,
     lora_sites,
     manage_cases,
@@ -658,3 +659,23 @@ def test_management_is_measured_once_for_all_operations(monkeypatch: pytest.Monk
     monkeypatch.setattr(manage_cases.Managed, "wrong", lambda self, which: {"set_adapter": "did not"})
     result = measure_case(manage_cases.Management(cases.ManageCase("set_adapter", 3, 2), session), session)
     assert not result.samples and [info["why"] for info in session.wrong] == ["did not", "did not"]
+
+
+@pytest.mark.parametrize("adapters", ["bf16", "fp32"])
+def test_host_time_is_that_of_the_path_a_gpu_takes(adapters, monkeypatch):
+    """Plain torch is called directly, by the choice for a GPU, and afterwards all is as it was."""
+    from peft_fast.ops import choice, functional
+
+    asked = []
+    real = choice._automatic.__wrapped__
+    monkeypatch.setattr(choice, "_automatic", lambda *key: asked.append(key) or real(*key))
+    monkeypatch.setattr(choice._automatic, "cache_clear", lambda: None, raising=False)
+    monkeypatch.setattr(functional, "linear_fwd", lambda *args: pytest.fail("an operator was called"))
+    before = functional.choose, functional._on_cpu
+    case = cases.HostCase(adapters=adapters)
+    session = Session("lora", None, "cpu", quick=True, dry=True)
+    measured = measure_case(host_layer.HostLayer(case, session), session)
+    assert set(measured.samples) == {"base", "plain torch", "peft", "peft_fast"} and not session.wrong
+    assert {key[1].type for key in asked} == {"cuda"} and {key[3:7] for key in asked} == {(1, 64, 64, 16)}
+    assert measured.info["peft_fast"]["strongest"] == "peft"
+    assert (functional.choose, functional._on_cpu) == before

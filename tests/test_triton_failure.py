@@ -1,0 +1,96 @@
+"""Where Triton cannot launch a kernel nothing stops: plain torch runs, one warning says why."""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_fast.ops import choice
+
+GPU = torch.device("cuda", 0)
+
+# A driver that is not there, which makes its launcher with the C compiler, as Triton up to 3.8 does on a GPU.
+WITHOUT_COMPILER = """
+import json, os, sys, tempfile, warnings
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import CudaDriver
+from triton.runtime import build
+from triton.runtime.driver import driver
+
+class Utils:
+    def load_binary(self, *args): return 1, 1, 0, 0, 1024
+    def get_device_properties(self, device): return dict(max_shared_mem=232448, multiprocessor_count=132)
+
+def launcher(source, metadata):
+    build.compile_module_from_src(src="int x;", name="launcher")
+
+class Absent(CudaDriver):
+    def __init__(self): self.utils, self.launcher_cls = Utils(), launcher
+    def get_current_device(self): return 0
+    def get_current_stream(self, device): return 0
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+driver.set_active(Absent())
+from peft_fast.ops import choice
+
+choice._gpu = lambda device: "Test GPU"
+gpu = torch.device("cuda", 0)
+probe = choice._triton_failure
+choice._triton_failure = lambda device: probe(torch.device("cpu"))  # there is no memory of a GPU here
+choice.torch.cuda.is_current_stream_capturing = lambda: False
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    chosen = [choice.choose("lora_linear", gpu, torch.bfloat16, 64, 64, 64, 8, p=p) for p in (0.0, 0.1, 0.1)]
+print(json.dumps([[tuple(c) for c in chosen], [str(w.message) for w in seen if "peft_fast" in str(w.message)]]))
+"""
+
+
+def test_without_a_c_compiler(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "TRITON_INTERPRET")}
+    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    run = subprocess.run(
+        [sys.executable, "-c", WITHOUT_COMPILER],
+        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    chosen, said = json.loads(run.stdout.splitlines()[-1])
+    assert [name for name, _ in chosen] == ["torch", "torch", "torch"]
+    assert "no measured entry" in chosen[0][1] and "ompiler" in chosen[1][1]
+    assert len(said) == 1 and "Plain torch runs in their place" in said[0] and "TRITON_CACHE_DIR" in said[0]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
+    monkeypatch.setattr(choice, "has_triton", lambda: True)
+    monkeypatch.setattr(choice, "triton_failure", lambda device: "Triton cannot run kernels on cuda:0 (X: why)")
+    choice.forget()
+
+
+def test_a_kernel_that_was_measured_is_not_taken_either(failing: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = [(1 << 20, choice.Choice("split", "measured"))]
+    monkeypatch.setattr(choice, "_measured", lambda *key: row)
+    choice._automatic.cache_clear()
+    name, reason = choice.choose("lora_linear", GPU, torch.bfloat16, 64, 64, 64, 8)
+    assert name == "torch" and reason.endswith("(X: why)")
+    choice._automatic.cache_clear()
+
+
+def test_without_any_gpu_the_probe_fails_and_warns() -> None:
+    """The real probe, on a machine without a driver: no mock."""
+    if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton works here")
+    pytest.importorskip("triton")
+    choice._triton_failure.cache_clear()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        assert choice._triton_failure(torch.device("cpu")) == choice._triton_failure(torch.device("cpu")) != ""
+    assert sum("Plain torch runs in their place" in str(w.message) for w in seen) == 1
+    choice._triton_failure.cache_clear()
