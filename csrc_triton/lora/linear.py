@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .expand import lora_expand
-from .gemm import lora_gemm
+from .gemm import lora_gemm, lora_gemm_planes
 from .one_launch import lora_one_launch
-from .shrink import lora_shrink, lora_shrink_group
+from .shrink import lora_shrink, lora_shrink_group, lora_shrink_planes
 
 
 def lora_linear_fwd(
@@ -24,10 +24,14 @@ def lora_linear_fwd(
     scale = scaling / (1.0 - p)
     if implementation == "one_launch" and w.shape[0] > 0:
         return lora_one_launch(x, w, bias, a, b, scale, p, seed)
-    s, bits = lora_shrink(x, a, scale, p, seed)
     if implementation == "addmm":
+        s, bits = lora_shrink(x, a, scale, p, seed)
         return torch.nn.functional.linear(x, w, bias).addmm_(s, b.to(s.dtype).T), s, bits
-    return lora_gemm(x, w, bias, s, b), s, bits
+    planes, bits, scale_left = lora_shrink_planes(x, a, scale, p, seed)
+    if planes.shape[0] == 1:
+        return lora_gemm(x, w, bias, planes[0], b), planes[0], bits
+    y, s = lora_gemm_planes(x, w, bias, planes, scale_left, b)
+    return y, s, bits
 
 
 def lora_update_fwd(

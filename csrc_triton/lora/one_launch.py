@@ -24,6 +24,7 @@ from ..common.launch import launch
 from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 
 CANDIDATES = candidates("lora_one_launch", [
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16, BLOCK_K=128), 4, 5, HOPPER, max_rank=16, default_to=16),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=128), 4, 3, CUDA, max_rank=64, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, BLOCK_K=64), 4, 4, CUDA, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=64), 4, 3, HOPPER, max_rank=64),
@@ -34,7 +35,7 @@ CANDIDATES = candidates("lora_one_launch", [
 ])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M"])
 def _lora_one_launch_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, b_ptr, y_ptr, s_ptr, bits_ptr, seed_ptr,
     scale, threshold, M, N, K, R,

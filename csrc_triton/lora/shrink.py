@@ -35,7 +35,7 @@ CANDIDATES = candidates("lora_shrink", [
 ])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold", "M", "stride_op"])
 def _lora_shrink_kernel(
     x_ptr, a_ptr, out_ptr, bits_ptr, seed_ptr,
     scale, threshold, M, K, R, k_per_program,
@@ -79,8 +79,8 @@ def lora_shrink(
     x: Tensor, a: Tensor, scale: float, p: float = 0.0, seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return s (M, R) in x.dtype, and bits (M, ceil(K / 8)), or (0, 0) when p is 0. Trusts its caller."""
-    planes, bits, scale_left = _launch(x, a, scale, p, seed, fp32=False)
-    if planes.dtype == x.dtype and planes.shape[0] == 1:
+    planes, bits, scale_left = lora_shrink_planes(x, a, scale, p, seed)
+    if planes.shape[0] == 1:
         return planes[0], bits
     return sum_planes(planes, x.new_empty(planes.shape[1:]), scale_left), bits
 
@@ -91,17 +91,20 @@ def lora_shrink_group(x: Tensor, as_: list[Tensor], scales: list[float]) -> Tens
     a = torch.cat([a.to(x.dtype) for a in as_])
     if len(set(scales)) == 1:
         return lora_shrink(x, a, scales[0])[0]
-    planes, _, _ = _launch(x, a, 1.0, 0.0, None, fp32=True)
+    planes, _, _ = lora_shrink_planes(x, a, 1.0, 0.0, None, fp32=True)
     s = x.new_empty(planes.shape[1:])
     for part, out, scale in zip(planes.split(ranks, dim=2), s.split(ranks, dim=1), scales, strict=True):
         sum_planes(part, out, scale)
     return s
 
 
-def _launch(
-    x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None, fp32: bool
+def lora_shrink_planes(
+    x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None, fp32: bool = False
 ) -> tuple[Tensor, Tensor, float]:
-    """Return planes (P, M, R), bits, and the factor the planes still want. One plane is final unless fp32 is asked."""
+    """Return planes (P, M, R), bits, and the factor that their sum still wants.
+
+    Several planes are fp32. A single one is s itself, in x.dtype, unless fp32 is asked for.
+    """
     (M, K), R = x.shape, a.shape[0]
     config = config_for("lora_shrink", x, M, 0, K, R)
     BLOCK_M, BLOCK_K, BLOCK_R = config["BLOCK_M"], config["BLOCK_K"], block_r(R, config["LARGEST_R"])

@@ -241,6 +241,26 @@ class TestSplitShrink:
             assert torch.equal(bits.cpu(), reference.dropout_bits(SEED, 3, 1100, p))
 
 
+    @pytest.mark.parametrize("p", [0.0, 0.3])
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_the_product_adds_up_the_parts(self, p, dtype, launches):
+        """Two launches for one token: no third one for s, which the product stores."""
+        drawn = [make(3, 40, 1100, 5, dtype, adapter_dtype=torch.float32, device=DEVICE) for _ in range(4)]
+        keep = keep_of(drawn[0][0], p, SEED)
+        got, same, exact = [], [], []
+        for x, w, a, b, bias in drawn:
+            y, s, _ = op.linear_fwd(x, w, bias, a, b, 0.7, p, seed_for(p), "split")
+            got.append((y, s))
+            scale = 0.7 / (1 - p)
+            for results, to in ((same, dtype), (exact, torch.float64)):
+                x2, w2, a2, b2, bias2, keep2 = (t.to(to) for t in (x, w, a, b, bias, keep))
+                s2 = scale * F.linear(x2 * keep2, a2)
+                results.append((F.linear(x2, w2, bias2) + F.linear(s2, b2), s2))
+        assert launches == ["lora_shrink", "lora_gemm"] * len(drawn)
+        for name, g, s, e in zip(("y", "s"), *(zip(*runs, strict=True) for runs in (got, same, exact)), strict=True):
+            assert_as_accurate(name, torch.stack(g), torch.stack(s), torch.stack(e))
+
+
 class TestGroup:
     """Sites that read the same x."""
 

@@ -48,14 +48,14 @@ def sum_planes_model(t: Launch) -> tuple[Elements, Elements]:
 
 
 def lora_gemm_model(t: Launch) -> tuple[Elements, Elements]:
-    """What has rows once per tile of columns, what has columns once per tile of rows; y is not read."""
-    M, N, K, R, BLOCK_M, BLOCK_N = of(t, "M N K R BLOCK_M BLOCK_N")
+    """What has rows once per tile of columns, what has columns once per tile of rows; y is not read. Of planes, all."""
+    M, N, K, R, P, BLOCK_M, BLOCK_N = of(t, "M N K R P BLOCK_M BLOCK_N")
     tiles_m, tiles_n = cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)
     loads = dict(
-        x=times(M * K, tiles_n), s=times(M * R, tiles_n), w=times(N * K, tiles_m), b=times(N * R, tiles_m),
+        x=times(M * K, tiles_n), s=times(P * M * R, tiles_n), w=times(N * K, tiles_m), b=times(N * R, tiles_m),
         bias=times(N, tiles_m), bits=times(M * cdiv(N, 8), 1),
     )  # fmt: skip
-    return loads, dict(y=times(M * N, 1))
+    return loads, dict(y=times(M * N, 1), s_out=times(M * R, 1))
 
 
 def lora_expand_model(t: Launch) -> tuple[Elements, Elements]:
