@@ -41,7 +41,7 @@ def as_on_a_gpu() -> Iterator[None]:
 class HostLayer(LoraSite):
     """A ``HostCase``: peft's layer is the rival, called as a model calls it."""
 
-    group = "host time of a layer on a GPU"
+    group = "host time on a GPU"
     rivals = ("peft",)
 
     @classmethod

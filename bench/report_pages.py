@@ -15,10 +15,7 @@ NOT_YET = "not measured yet"
 # suite -> the cases that README.md shows beside the one with the worst ratio; "memory CASE": growth of memory;
 # "compiled CASE": both libraries under torch.compile
 HEADLINES = {
-    "lora": (
-        *("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16", "compiled lora-fwd-1x1-bf16"),
-        *("host-bf16", "host-fp32"),
-    ),
+    "lora": ("lora-fwd-8x128-bf16", "lora-fwd-1x1-bf16", "compiled lora-fwd-1x1-bf16"),
     "mixed": ("mixed-32x1-32of32-bf16-adapters", "mixed-8x1-1of100-fp32", "load_adapter-as-number-100"),
     "prefix": ("train-8x128-P1024-fp32", "decode-8x256-P128-fp32"),
     "quant": ("quant-fwd-8x128-nf4-bf16",),
@@ -27,11 +24,11 @@ HEADLINES = {
         *("quant-train-8x128-nf4-bf16-autocast-p0.05", "memory quant-train-8x128-nf4-bf16-autocast-p0.05"),
     ),
     "generate": ("lora-generate-16x32-4adapters-bf16", "prefix-generate-16x32-P128-fp32-4prefixes"),
+    "host": ("host-bf16", "host-fp32"),
 }
 NOTES = {
     "lora": "One layer: a site of a quarter of Llama-3-8B's sizes. Models: a Llama with hidden size 512 and 8 layers, "
-    "LoRA of rank 16 on all linear layers as `get_peft_model` makes it. Host time on a GPU: what Python and torch do "
-    "for a layer and a token before kernels run, measured on a CPU by the steps of a GPU's path on tiny tensors.",
+    "LoRA of rank 16 on all linear layers as `get_peft_model` makes it.",
     "mixed": "The same Llama with adapters of ranks 4 to 64; rows take theirs in turn. Management: 224 linear layers.",
     "prefix": "P: learned tokens. 8 query heads, 2 of keys, size 64. `two calls`: torch's flash attention of the text "
     "and of the prefix, merged by their logs of sums; `concatenated`: peft's way, as if it could mix prefixes.",
@@ -39,6 +36,8 @@ NOTES = {
     "train": "Forward, loss, backward to the adapter and to the model's input. Memory: the most that tensors hold "
     "during a step, above what they held before.",
     "generate": "Greedy, with a dynamic cache. peft generates for several prefixes one after another.",
+    "host": "What Python and torch do for a layer and a token before kernels run: a GPU's path, measured on "
+    "a CPU with tensors so small that an operator costs about what launching a kernel does.",
 }
 
 

@@ -97,7 +97,8 @@ def machine(result: dict[str, Any]) -> str:
     """On what, with what."""
     about = result["peft_fast"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['device']}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {versions}"
+    device = about["device"] + (f" ({about['instructions']})" if about.get("instructions") else "")
+    return f"{device}, {about['threads']} thread{'s' * (about['threads'] > 1)}, {versions}"
 
 
 def where(result: dict[str, Any]) -> str:

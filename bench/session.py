@@ -103,6 +103,7 @@ class Session:
         return {
             "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
             "driver": _driver() if cuda else "",
+            "instructions": "" if cuda else instructions(),
             "threads": torch.get_num_threads(),
             "ceilings": self.ceilings(),
             "versions": {name: _version(name) for name in _PACKAGES},
@@ -129,6 +130,15 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def instructions() -> str:
+    """What the CPU has for 16-bit products, by the names of the kernel's list; "" where there is no list."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split(":", 1)[1].split()}
+    found = [name for name in ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16") if name in flags]
+    return ", ".join(found)
 
 
 def _driver() -> str:

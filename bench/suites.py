@@ -24,7 +24,7 @@ from .cases import (
     QuantWeightCase,
 )  # fmt: skip
 
-SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate")
+SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "host")
 MANAGEMENT = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
 
 # Llama-3-8B: (site, K, N); qkv and gate_up as one matrix each
@@ -50,7 +50,7 @@ def cpu_sweeps(suite: str, quick: bool) -> list[Sweep]:
     """The curves of a suite. In quick runs there are some with three points, so that everything is drawn."""
     return {
         "lora": _lora_sweeps, "mixed": _mixed_sweeps, "prefix": _prefix_sweeps, "quant": _quant_sweeps,
-        "train": _train_sweeps, "generate": _generate_sweeps,
+        "train": _train_sweeps, "generate": _generate_sweeps, "host": lambda quick: [],
     }[suite](quick)  # fmt: skip
 
 
@@ -122,8 +122,6 @@ def _lora(quick: bool) -> Iterator[Any]:
     if not quick:
         for M in (1, 256):
             yield OpCase(*LLAMA_QUARTER[1], M, 16, dtype="fp32", adapters="fp32")
-    for adapters in ("bf16", "fp32"):
-        yield HostCase(adapters=adapters)
     rows, tokens = (2, 32) if quick else (8, 128)
     for dtype in ("bf16",) if quick else BYTES:
         yield ModelCase("fwd", dtype, rows, tokens)
@@ -213,8 +211,14 @@ def _generate(quick: bool) -> Iterator[Any]:
     yield PrefixModelCase("generate", 16, 32, 128, prefixes=4)
 
 
+def _host(quick: bool) -> Iterator[Any]:
+    for adapters in ("fp32",) if quick else ("bf16", "fp32"):
+        yield HostCase(adapters=adapters)
+
+
 _CPU: dict[str, Callable[[bool], Iterator[Any]]] = {
     "lora": _lora, "mixed": _mixed, "prefix": _prefix, "quant": _quant, "train": _train, "generate": _generate,
+    "host": _host,
 }  # fmt: skip
 
 

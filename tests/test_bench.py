@@ -673,7 +673,7 @@ def test_host_time_is_that_of_the_path_a_gpu_takes(adapters, monkeypatch):
     monkeypatch.setattr(functional, "linear_fwd", lambda *args: pytest.fail("an operator was called"))
     before = functional.choose, functional._on_cpu
     case = cases.HostCase(adapters=adapters)
-    session = Session("lora", None, "cpu", quick=True, dry=True)
+    session = Session("host", None, "cpu", quick=True, dry=True)
     measured = measure_case(host_layer.HostLayer(case, session), session)
     assert set(measured.samples) == {"base", "plain torch", "peft", "peft_fast"} and not session.wrong
     assert {key[1].type for key in asked} == {"cuda"} and {key[3:7] for key in asked} == {(1, 64, 64, 16)}

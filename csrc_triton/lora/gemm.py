@@ -3,7 +3,7 @@
     forward   x  (M, K)   w   (N, K)   s  (M, R)   b   (N, R)   bias (N,)
     dX        dY (M, N)   w.T (K, N)   ds (M, R)   a.T (K, R)   bits (M, ceil(K / 8)), the forward's keep mask
 
-s may come as lora_shrink's planes (P, M, R) fp32, whose sum it is: every program adds those of its rows, in their order,
+s may come as lora_shrink's planes (P, M, R) fp32, whose sum it is: every program adds those of its rows, in order,
 and the programs of the first columns store s. That saves a launch where M is small.
 
 Where there is a mask the low-rank product comes first, so that the mask is applied in place: after the main loop it

@@ -10,12 +10,13 @@ import peft_fast
 
 from .errors import CommandError
 
-SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "all")
+SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "host", "all")
 DESCRIPTION = """Measure this machine: what each operator and model costs with peft_fast, beside the base without an
 adapter, peft, plain torch, torch.compile, bitsandbytes, and what the hardware allows. Results that are wrong
 are never timed: their row says so and the exit code is 1. Needs a checkout, with pip install -e ".[bench]"."""
 EPILOG = """suites: lora (single adapters), mixed (many adapters in a batch, and their management), prefix (attention
-with learned prefixes), quant (bases quantized by bitsandbytes), train (training steps), generate (generation).
+with learned prefixes), quant (bases quantized by bitsandbytes), train (training steps), generate (generation),
+host (what a layer costs the host on a GPU, measured without one).
 In --out: SUITE.json (pytest-benchmark's format), results.csv, report.html (tables and plots, needs no network).
 
 examples:

@@ -240,7 +240,6 @@ class TestSplitShrink:
         if p:
             assert torch.equal(bits.cpu(), reference.dropout_bits(SEED, 3, 1100, p))
 
-
     @pytest.mark.parametrize("p", [0.0, 0.3])
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_the_product_adds_up_the_parts(self, p, dtype, launches):
