@@ -74,7 +74,7 @@ class HostCase(OpCase):
     N: int = 64
     M: int = 1
     R: int = 16
-    must: float = 1 / 0.85
+    must: float = 1.18
 
     def __str__(self) -> str:
         return f"host-{self.adapters}"
