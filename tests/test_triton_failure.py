@@ -2,41 +2,25 @@
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from absent_driver import run
 
 from peft_fast.ops import choice
 
 GPU = torch.device("cuda", 0)
 
-# A driver that is not there, which makes its launcher with the C compiler, as Triton up to 3.8 does on a GPU.
+# The launcher is made with the C compiler, as Triton up to 3.8 does on a GPU.
 WITHOUT_COMPILER = """
-import json, os, sys, tempfile, warnings
+import json, warnings
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.driver import CudaDriver
+from absent_driver import install
 from triton.runtime import build
-from triton.runtime.driver import driver
 
-class Utils:
-    def load_binary(self, *args): return 1, 1, 0, 0, 1024
-    def get_device_properties(self, device): return dict(max_shared_mem=232448, multiprocessor_count=132)
-
-def launcher(source, metadata):
-    build.compile_module_from_src(src="int x;", name="launcher")
-
-class Absent(CudaDriver):
-    def __init__(self): self.utils, self.launcher_cls = Utils(), launcher
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-
-driver.set_active(Absent())
+install(launcher=lambda source, metadata: build.compile_module_from_src(src="int x;", name="launcher"))
 from peft_fast.ops import choice
 
 choice._gpu = lambda device: "Test GPU"
@@ -53,14 +37,8 @@ print(json.dumps([[tuple(c) for c in chosen], [str(w.message) for w in seen if "
 
 def test_without_a_c_compiler(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    environment = {k: v for k, v in os.environ.items() if k not in ("CC", "TRITON_INTERPRET")}
-    environment |= {"PATH": str(tmp_path), "TRITON_CACHE_DIR": str(tmp_path / "cache")}
-    run = subprocess.run(
-        [sys.executable, "-c", WITHOUT_COMPILER],
-        capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    chosen, said = json.loads(run.stdout.splitlines()[-1])
+    printed = run(WITHOUT_COMPILER, PATH=str(tmp_path), TRITON_CACHE_DIR=str(tmp_path / "cache"))
+    chosen, said = json.loads(printed.splitlines()[-1])
     assert [name for name, _ in chosen] == ["torch", "torch", "torch"]
     assert "no measured entry" in chosen[0][1] and "ompiler" in chosen[1][1]
     assert len(said) == 1 and "Plain torch runs in their place" in said[0] and "TRITON_CACHE_DIR" in said[0]

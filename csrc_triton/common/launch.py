@@ -5,6 +5,7 @@ compiled kernel depends on is little, and ``launch`` remembers it: the dtype and
 integer is 1 or a multiple of 16, the constants. A launch of a kind that was made before goes straight to the driver.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -63,6 +64,24 @@ def launch(
     x, y, z = (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(index or 0)
     prepared.run(x, y, z, stream, prepared.function, prepared.metadata, None, None, None, *args, *prepared.constants)
+
+
+def launch_by_name(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Mapping[str, int]) -> None:
+    """``launch`` for kernels that share most of their many arguments: each takes those of ``arguments`` that it has.
+
+    arguments: all that are not in config, constants too, by name; those of other kernels are left alone.
+    """
+    names, constants = _names_of(kernel)
+    args = tuple([arguments[name] for name in names])
+    launch(kernel, grid, args, config, **{name: arguments[name] for name in constants if name in arguments})
+
+
+@functools.cache
+def _names_of(kernel: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The names of a kernel's arguments, and of its constants, which come after them."""
+    annotations = kernel.fn.__annotations__
+    constants = tuple(name for name in kernel.arg_names if "constexpr" in str(annotations.get(name)))
+    return tuple(name for name in kernel.arg_names if name not in constants), constants
 
 
 def _kind(arg: Any) -> Any:

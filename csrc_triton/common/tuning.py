@@ -12,7 +12,7 @@ where M is the largest M the row speaks for, and gpu and triton ("3.9") have to 
 import functools
 import json
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,11 +117,6 @@ def use_table(path: Path) -> None:
 def block_r(R: int, largest: int = 1 << 30) -> int:
     """BLOCK_R for a rank: a power of two, at least the 16 that tl.dot needs."""
     return min(largest, max(16, power_of_2(R)))
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 # triton.cdiv and triton.next_power_of_2 are for kernels: called from Python they take 3 us each

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..common.aot import AotCase
 from ..common.dropout import row_keys
-from ..common.tuning import ALWAYS, CUDA, HOPPER, SMALL, Candidate, candidates, config_for, on_device
+from ..common.launch import launch_by_name
+from ..common.tuning import ALWAYS, CUDA, HOPPER, SMALL, Candidate, candidates, cdiv, config_for
 from .decode import prefix_decode
 from .softmax import attend_ordinary, attend_prefix, finished, initial
 from .tile import (
@@ -47,7 +48,7 @@ CANDIDATES = candidates("prefix_fwd", [
 DECODE_QUERIES = 64
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["causal_offset", "window", "threshold", "L", "S", "max_length"])
 def _prefix_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, sinks_ptr, out_ptr, lse_ptr,
     starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -136,10 +137,8 @@ def prefix_attention_fwd(
         prefix_decode(q, shared, order, sinks, out, lse)
         return out, lse
     config = config_for("prefix_fwd", q, L, 0, 0, D)
-    with on_device(q):
-        _prefix_fwd_kernel[(triton.cdiv(L, config["BLOCK_M"]), H, B)](
-            sinks_ptr=sinks, out_ptr=out, lse_ptr=lse, **shared, **config
-        )
+    shared |= dict(sinks_ptr=sinks, out_ptr=out, lse_ptr=lse)
+    launch_by_name(_prefix_fwd_kernel, (cdiv(L, config["BLOCK_M"]), H, B), shared, config)
     return out, lse
 
 

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..common.aot import AotCase
 from ..common.dropout import row_keys
+from ..common.launch import launch, launch_by_name
 from ..common.planes import sum_planes
-from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, candidates, config_for, on_device
+from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, candidates, cdiv, config_for
 from .tile import (
     LOG2E,
     attention_cases,
@@ -74,7 +75,10 @@ DPREFIX_CANDIDATES = candidates("prefix_dprefix", [
 _DELTA_ROWS = 16
 
 
-@triton.jit
+_BOUNDS = ["causal_offset", "window", "threshold", "B", "L", "S", "T", "max_length"]
+
+
+@triton.jit(do_not_specialize=["L", "rows"])
 def _prefix_delta_kernel(
     dout_ptr, out_ptr, lse_ptr, sums_ptr, H, L, rows, stride_doutb, stride_doutl, stride_douth, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -102,7 +106,7 @@ def _dq_tile(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BOUNDS)
 def _prefix_dq_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, dout_ptr, sums_ptr, dq_ptr,
     starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -201,7 +205,7 @@ def _dkv_tile(dk, dv, q, dout, v, s, before, lse, delta, keep, keep_scale, outer
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BOUNDS)
 def _prefix_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, sums_ptr, dk_ptr, dv_ptr, mask_ptr, seed_ptr,
     scale, inner, outer, causal_offset, window, threshold, keep_scale, L, S, max_length, group,
@@ -259,7 +263,7 @@ def _prefix_dkv_kernel(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_BOUNDS)
 def _prefix_dprefix_kernel(
     q_ptr, pk_ptr, pv_ptr, dout_ptr, sums_ptr, dpk_ptr, dpv_ptr,
     starts_ptr, lengths_ptr, past_ptr, bias_ptr, seed_ptr,
@@ -334,18 +338,19 @@ def prefix_attention_bwd(
     strides = dict(zip(("stride_doutb", "stride_doutl", "stride_douth"), dout.stride(), strict=False))
     shared |= dict(dout_ptr=dout, sums_ptr=sums, scale=scale, B=B, T=T, **strides)
     results = [q.new_empty(0) for _ in range(5)]
-    with on_device(q):
-        if out.numel() and any(needs):
-            _prefix_delta_kernel[(triton.cdiv(B * H * L, _DELTA_ROWS),)](
-                dout, out, lse, sums, H, L, B * H * L, *strides.values(), D, BLOCK_M=_DELTA_ROWS, BLOCK_D=block_d(D)
-            )
-        if need_q:
-            results[0] = _dq(q, shared)
-        if need_k or need_v:
-            dk, dv = _dkv(k, shared)
-            results[1:3] = dk if need_k else results[1], dv if need_v else results[2]
-        if need_prefix:
-            results[3:5] = _dprefix(prefix_k, shared)
+    if out.numel() and any(needs):
+        launch(
+            _prefix_delta_kernel, (cdiv(B * H * L, _DELTA_ROWS),), (
+                dout, out, lse, sums, H, L, B * H * L, *strides.values(), D,
+            ), dict(num_warps=4), BLOCK_M=_DELTA_ROWS, BLOCK_D=block_d(D),
+        )  # fmt: skip
+    if need_q:
+        results[0] = _dq(q, shared)
+    if need_k or need_v:
+        dk, dv = _dkv(k, shared)
+        results[1:3] = dk if need_k else results[1], dv if need_v else results[2]
+    if need_prefix:
+        results[3:5] = _dprefix(prefix_k, shared)
     return results[0], results[1], results[2], results[3], results[4]
 
 
@@ -354,9 +359,7 @@ def _dq(q: Tensor, shared: dict[str, Any]) -> Tensor:
     dq = q.new_empty((B, L, H, D))
     if dq.numel():
         config = config_for("prefix_dq", q, L, 0, 0, D)
-        _prefix_dq_kernel[(triton.cdiv(L, config["BLOCK_M"]), H, B)](
-            dq_ptr=dq, **_taken(_prefix_dq_kernel, shared), **config
-        )
+        launch_by_name(_prefix_dq_kernel, (cdiv(L, config["BLOCK_M"]), H, B), shared | dict(dq_ptr=dq), config)
     return dq.transpose(1, 2)
 
 
@@ -365,35 +368,28 @@ def _dkv(k: Tensor, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     dk, dv = k.new_empty((B, S, KV, D)), k.new_empty((B, S, KV, D))
     if dk.numel():
         config = config_for("prefix_dkv", k, S, 0, 0, D)
-        _prefix_dkv_kernel[(triton.cdiv(S, config["BLOCK_N"]), KV, B)](
-            dk_ptr=dk, dv_ptr=dv, **_taken(_prefix_dkv_kernel, shared), **config
-        )
+        shared = shared | dict(dk_ptr=dk, dv_ptr=dv)
+        launch_by_name(_prefix_dkv_kernel, (cdiv(S, config["BLOCK_N"]), KV, B), shared, config)
     return dk.transpose(1, 2), dv.transpose(1, 2)
 
 
 def _dprefix(prefix_k: Tensor, shared: dict[str, Any]) -> tuple[Tensor, Tensor]:
     T, KV, D = prefix_k.shape
     config = config_for("prefix_dprefix", prefix_k, T, 0, 0, D)
-    tiles = triton.cdiv(T, config["BLOCK_N"]) * KV
-    jobs = shared["B"] * shared["group"] * triton.cdiv(shared["L"], config["BLOCK_M"])
+    tiles = cdiv(T, config["BLOCK_N"]) * KV
+    jobs = shared["B"] * shared["group"] * cdiv(shared["L"], config["BLOCK_M"])
     shares = max(1, min(config["PROGRAMS"] // max(tiles, 1), jobs))
     dtype = prefix_k.dtype if shares == 1 else torch.float32
     planes = [prefix_k.new_empty((shares, T, KV, D), dtype=dtype) for _ in range(2)]
     if planes[0].numel():
-        _prefix_dprefix_kernel[(triton.cdiv(T, config["BLOCK_N"]), KV, shares)](
-            dpk_ptr=planes[0], dpv_ptr=planes[1], **_taken(_prefix_dprefix_kernel, shared), **config
-        )
+        shared = shared | dict(dpk_ptr=planes[0], dpv_ptr=planes[1])
+        launch_by_name(_prefix_dprefix_kernel, (cdiv(T, config["BLOCK_N"]), KV, shares), shared, config)
     if shares == 1:
         return planes[0][0], planes[1][0]
     dpk, dpv = (
         sum_planes(plane.flatten(1, 2), prefix_k.new_empty((T * KV, D)), 1.0).view(T, KV, D) for plane in planes
     )
     return dpk, dpv
-
-
-def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those of the arguments that the kernel has."""
-    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
 
 
 def aot_cases() -> Iterator[AotCase]:

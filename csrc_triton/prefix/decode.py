@@ -21,7 +21,8 @@ from torch import Tensor
 
 from ..common.aot import AotCase
 from ..common.dropout import row_keys
-from ..common.tuning import ALWAYS, AMPERE, ARCHS, CUDA, Candidate, candidates, config_for, on_device
+from ..common.launch import launch, launch_by_name
+from ..common.tuning import ALWAYS, AMPERE, ARCHS, CUDA, Candidate, candidates, cdiv, config_for
 from .softmax import attend_ordinary, attend_prefix, finished, initial
 from .tile import (
     LN2,
@@ -48,7 +49,10 @@ _MERGE_D = 64
 _NO_START = tl.constexpr(0x7FFFFFFF)
 
 
-@triton.jit
+_BOUNDS = ["causal_offset", "window", "threshold", "B", "L", "S", "max_length", "splits", "keys_per_split"]
+
+
+@triton.jit(do_not_specialize=[*_BOUNDS, "prefix_splits", "slots_per_split"])
 def _prefix_decode_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, order_ptr, parts_ptr, sums_ptr,
     starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -125,7 +129,7 @@ def _prefix_decode_kernel(
     tl.store(sums_ptr + stored, lse, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["L", "PARTS"])
 def _prefix_merge_kernel(
     parts_ptr, sums_ptr, sinks_ptr, out_ptr, lse_ptr, H, L, PARTS, D, BLOCK_PARTS: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
@@ -162,30 +166,33 @@ def prefix_decode(
     (B, H, L, D), group = q.shape, shared["group"]
     config = config_for("prefix_decode", q, group * L, 0, 0, D)
     BLOCK_N, programs = config["BLOCK_N"], config["PROGRAMS"]
-    KV, tiles = H // group, B * triton.cdiv(group * L, config["BLOCK_M"])
-    prefix_tiles = triton.cdiv(B * group * L, config["BLOCK_M"]) if shared["max_length"] else 0
+    KV, tiles = H // group, B * cdiv(group * L, config["BLOCK_M"])
+    prefix_tiles = cdiv(B * group * L, config["BLOCK_M"]) if shared["max_length"] else 0
     prefix_splits, slots = _split(shared["max_length"], BLOCK_N, programs // max(KV * prefix_tiles, 1))
     splits, keys = _split(shared["S"], BLOCK_N, programs // (KV * tiles))
     parts = q.new_empty((prefix_splits + splits, B, H, L, D), dtype=torch.float32)
     sums = q.new_empty(parts.shape[:-1], dtype=torch.float32)
-    with on_device(q):
-        if parts.shape[0]:
-            _prefix_decode_kernel[(prefix_tiles * prefix_splits + tiles * splits, KV)](
-                order_ptr=order, parts_ptr=parts, sums_ptr=sums, B=B, prefix_splits=prefix_splits,
-                slots_per_split=slots, splits=splits, keys_per_split=keys, **shared, **config,
-            )  # fmt: skip
-        _prefix_merge_kernel[(B * H * L, triton.cdiv(D, _MERGE_D))](
-            parts, sums, sinks, out, lse, H, L, parts.shape[0], D,
-            BLOCK_PARTS=max(2, triton.next_power_of_2(parts.shape[0])), BLOCK_D=_MERGE_D,
+    if parts.shape[0]:
+        shared |= dict(
+            order_ptr=order, parts_ptr=parts, sums_ptr=sums, B=B, prefix_splits=prefix_splits,
+            slots_per_split=slots, splits=splits, keys_per_split=keys,
         )  # fmt: skip
+        grid = (prefix_tiles * prefix_splits + tiles * splits, KV)
+        launch_by_name(_prefix_decode_kernel, grid, shared, config)
+    # BLOCK_PARTS is always the largest: the number of parts grows with the cache, and nothing is compiled anew for that
+    launch(
+        _prefix_merge_kernel, (B * H * L, cdiv(D, _MERGE_D)), (
+            parts, sums, sinks, out, lse, H, L, parts.shape[0], D,
+        ), dict(num_warps=4), BLOCK_PARTS=2 * _MAX_SPLITS, BLOCK_D=_MERGE_D,
+    )  # fmt: skip
 
 
 def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     """Into how many parts ``length`` keys are split, of at least two tiles each, and the keys of a part."""
-    steps = triton.cdiv(length, block)
+    steps = cdiv(length, block)
     splits = max(1, min(steps // 2, wanted, _MAX_SPLITS))
-    per_split = triton.cdiv(steps, splits)
-    return (triton.cdiv(steps, per_split) if steps else 0), per_split * block
+    per_split = cdiv(steps, splits)
+    return (cdiv(steps, per_split) if steps else 0), per_split * block
 
 
 def aot_cases() -> Iterator[AotCase]:

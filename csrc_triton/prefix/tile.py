@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, x_type
 from ..common.dropout import draw_words, threshold_of
-from ..common.tuning import Candidate
+from ..common.tuning import Candidate, power_of_2
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -191,7 +191,7 @@ def tile_gradients(s, before, lse, dp, delta, keep, keep_scale, outer, SOFTCAP: 
 
 def block_d(D: int) -> int:
     """Columns of a tile of vectors of D elements: tl.dot takes powers of two."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, power_of_2(D))
 
 
 def broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
