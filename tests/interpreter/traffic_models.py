@@ -132,6 +132,15 @@ def block_tables(t: Launch, jobs: Jobs, parts: int, others: int) -> Elements:
     )  # fmt: skip
 
 
+def mixed_plan_model(t: Launch) -> tuple[Elements, Elements]:
+    """slots once for the program's rows and once for those they are compared with; the sorted slots three times."""
+    M, blocks = t["M"], t["n_blocks"]
+    sorted_rows = 3 * M - 1 - (M == t["BLOCK"])  # with those before, of one more where there is room, and those after
+    return dict(slots=times(M, 2), order=(M, sorted_rows), known=(M, sorted_rows)), dict(
+        known=times(M, 1), order=times(M, 1), blocks=times(3 * blocks, 1), counters=times(t["n_counters"], 1)
+    )
+
+
 def mixed_shrink_model(t: Launch) -> tuple[Elements, Elements]:
     K, BLOCK_M, BLOCK_R, PARTS = of(t, "K BLOCK_M BLOCK_R PARTS")
     jobs, splits = Jobs(t, BLOCK_M, PARTS), t.grid[1]
