@@ -30,20 +30,10 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
 from ..common.launch import launch
-from ..common.tuning import (
-    ALWAYS,
-    AMPERE,
-    ARCHS,
-    HOPPER,
-    SMALL,
-    Candidate,
-    block_r,
-    candidates,
-    cdiv,
-    config_for,
-    power_of_2,
-)
+from ..common.tuning import ALWAYS, AMPERE, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
+
+_BLOCKS = 128  # no plan of 64 rows has more
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
@@ -95,7 +85,7 @@ def _shrink_job(
         tl.store(planes_ptrs + r, acc, mask=mask_m[:, None] & mask_r)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "n_blocks"])
 def _mixed_one_launch_kernel(
     x_ptr, w_ptr, bias_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, planes_ptr, counters_ptr,
     y_ptr,
@@ -181,7 +171,7 @@ def mixed_one_launch(
         _mixed_one_launch_kernel, (cdiv(N, config["BLOCK_N"]),), (
             x, w, bias, blocks, order, addresses, ranks, scales, planes, counters, y, M, N, K, n_blocks,
             *x.stride(), *w.stride(), planes.stride(0), planes.stride(1), y.stride(0),
-        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=power_of_2(n_blocks), BLOCK_R=BLOCK_R,
+        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=_BLOCKS, BLOCK_R=BLOCK_R,
     )  # fmt: skip
     return y
 
@@ -199,7 +189,7 @@ def aot_cases() -> Iterator[AotCase]:
         for BLOCK_R in aot_ranks(candidate):
             for name in dict.fromkeys((x[1:], "fp32")):
                 constants = dict(
-                    BLOCK_R=BLOCK_R, BLOCK_J=16, BLOCK_B=64, DTYPE=tl.dtype(name), stride_xk=1, stride_wk=1
+                    BLOCK_R=BLOCK_R, BLOCK_J=16, BLOCK_B=_BLOCKS, DTYPE=tl.dtype(name), stride_xk=1, stride_wk=1
                 )
                 label = f"r{BLOCK_R}-{name}"
                 yield case(_mixed_one_launch_kernel, "mixed_one_launch", label, candidate, types, **constants)
