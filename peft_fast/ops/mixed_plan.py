@@ -58,7 +58,9 @@ def mixed_plan(slots: Tensor, capacity: int, sites: int) -> MixedPlan:
     if slots.dtype.is_floating_point or slots.dtype.is_complex or slots.dtype == torch.bool:
         raise TypeError(f"mixed_plan: slots must be integers, got {slots.dtype}")
     rows = 16 if slots.shape[0] <= 512 else 64
-    return MixedPlan(*_plan(slots, capacity, sites, rows, "auto"), rows)
+    if slots.is_cuda:
+        return MixedPlan(*_plan(slots, capacity, sites, rows, "auto"), rows)
+    return MixedPlan(*_on_torch(slots, capacity, sites, rows), rows)
 
 
 def _on_torch(slots: Tensor, capacity: int, sites: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
