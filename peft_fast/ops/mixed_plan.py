@@ -59,8 +59,10 @@ def mixed_plan(slots: Tensor, capacity: int, sites: int) -> MixedPlan:
         raise TypeError(f"mixed_plan: slots must be integers, got {slots.dtype}")
     rows = 16 if slots.shape[0] <= 512 else 64
     if slots.is_cuda:
-        return MixedPlan(*_plan(slots, capacity, sites, rows, "auto"), rows)
-    return MixedPlan(*_on_torch(slots, capacity, sites, rows), rows)
+        known, order, blocks, counters = _plan(slots, capacity, sites, rows, "auto")
+    else:
+        known, order, blocks, counters = _on_torch(slots, capacity, sites, rows)
+    return MixedPlan(known, order, blocks, counters, rows)
 
 
 def _on_torch(slots: Tensor, capacity: int, sites: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

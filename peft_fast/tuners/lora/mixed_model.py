@@ -63,7 +63,7 @@ class MixedBatches(nn.Module):
         """What `load_state_dict` does, on every module from the root down."""
         if "_bank" in self.__dict__:
             self.adapter_bank.look_at_all()
-        super()._load_from_state_dict(*args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As every tuner; see `BaseTuner.set_adapter`."""
