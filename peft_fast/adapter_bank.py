@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .adapter_record import AdapterRecord, BankStats
+from .adapter_watch import AdapterWatch
 from .ops.functional import MixedSite
 from .routing import BASE
 from .slot_tables import SlotTables
@@ -247,6 +247,7 @@ class AdapterBank:
         finally:
             with self._free:
                 record.closed -= 1
+                record.look_at_all()
                 if not (record.closed or record.busy or record.source) and name not in self._tuner.peft_config:
                     self._adapters.pop(name, None)
                 self._free.notify_all()
@@ -334,26 +335,36 @@ class AdapterBank:
 
     def refresh(self) -> None:
         """Bring the tables up to date with every adapter that has a slot, after its weights were written through
-        `.data`, which nothing can notice; other changes are noticed when the adapter is used."""
+        `.data`, which nothing can notice, or a few of its sites by hand, which calls notice only after a while."""
         with self._free:
             for record in self._adapters.values():
-                record.seen, record.kept = [], None
+                record.watch, record.kept = None, None
             for name in self.names_with_slots():
                 self._slot(name)
 
     def check_handed_out(self) -> None:
         """Write the tables anew for adapters with a handed out id whose parameters moved or changed."""
         with self._free:
-            for name, record in list(self._adapters.items()):
-                if record.handed_out:
+            for name in self.names_with_slots():
+                if self._adapters[name].handed_out:
                     self._slot(name)
+
+    def look_at_all(self) -> None:
+        """Let the next call look at all sites of its adapters: something may have changed at any of them."""
+        with self._free:
+            for record in self._adapters.values():
+                record.look_at_all()
 
     def _slot(self, name: str) -> int:
         record = self._adapters[name]
+        copies_trained = bool(record.blocks) and record.watch is not None and record.watch.trained
+        if record.slot is not None and record.watch is not None and not copies_trained:
+            if record.watch.glance(self.layers, name):
+                return record.slot
         entries = [layer.mixed_entry(name) for layer in self.layers]
-        seen = [None if e is None else (*_seen(e[0]), *_seen(e[1]), e[2]) for e in entries]
-        trained = bool(record.blocks) and any(e is not None and e[0].requires_grad for e in entries)
-        if record.slot is not None and record.seen == seen and not trained:
+        watch = AdapterWatch(entries)
+        if record.slot is not None and record.watch is not None and record.watch.agrees(watch) and not copies_trained:
+            record.watch = watch
             return record.slot
         self.follow()
         self._grow(max((e[0].shape[0] for e in entries if e is not None), default=0))
@@ -371,7 +382,7 @@ class AdapterBank:
         served = self._tables.write(slot, entries, record.blocks)
         if record.busy and [t.data_ptr() for t in served] != [t.data_ptr() for t in record.served]:
             record.retired += record.served
-        record.served, record.seen = served, seen
+        record.served, record.watch = served, watch
         return slot
 
     def _assign(self, name: str, record: AdapterRecord) -> int:
@@ -396,7 +407,7 @@ class AdapterBank:
                 names.discard(self._slots[record.slot] or "")
             self._tables.clear(record.slot)
             self._slots[record.slot] = None
-        record.slot, record.served, record.blocks, record.seen = None, [], {}, []
+        record.slot, record.served, record.blocks, record.watch = None, [], {}, None
 
     # -------------------------------------------------------------------------------------------------------- layers
     @property
@@ -424,7 +435,7 @@ class AdapterBank:
         with self._free:
             if self._tables.add(self._tuner.mixed_layers()):
                 for record in self._adapters.values():
-                    record.seen = []  # they may have weights at the new sites
+                    record.watch = None  # they may have weights at the new sites
 
     def follow(self) -> None:
         """Make the tables anew where layers changed their device or dtype, and write the adapters that have slots."""
@@ -462,7 +473,3 @@ class AdapterBank:
                 event = stream.record_event()
                 for record in records:
                     record.events[stream.cuda_stream] = event
-
-
-def _seen(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.shape, 0 if tensor.is_inference() else tensor._version

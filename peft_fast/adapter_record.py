@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .adapter_watch import AdapterWatch
+
 __all__ = ["AdapterRecord", "BankStats"]
 
 
@@ -42,7 +44,7 @@ class AdapterRecord:
     blocks: dict[Any, Tensor] = field(default_factory=dict)  # the copies, by device and dtype
     kept: Any = None  # see `AdapterBank.kept`
     retired: list[Tensor] = field(default_factory=list)  # served before, and perhaps still read by calls that run
-    seen: list[Any] = field(default_factory=list)  # addresses, versions, scalings when the tables were written
+    watch: AdapterWatch | None = None  # how it looked when the tables were written
     events: dict[int, Any] = field(default_factory=dict)  # last use by stream, on CUDA
 
     @property
@@ -53,6 +55,11 @@ class AdapterRecord:
     @property
     def busy(self) -> bool:
         return bool(self.users) or self.handed_out > 0
+
+    def look_at_all(self) -> None:
+        """Let its next use look at all sites."""
+        if self.watch is not None:
+            self.watch.look_at_all = True
 
     def wait_for_device(self) -> None:
         """Until the GPU has finished with the calls that used it."""

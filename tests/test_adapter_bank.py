@@ -478,6 +478,73 @@ def test_tables_after_the_dtype_changed(model: Any, dtype: torch.dtype, adapters
 
 
 @pytest.mark.usefixtures("as_on_a_device")
+def test_a_call_looks_at_a_few_sites(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not at all of them, of which there are thousands in a large model with many adapters."""
+    layers, looks = model.base_model.mixed_layers(), []
+    for layer in layers:
+        find = layer.mixed_entry
+        monkeypatch.setattr(layer, "mixed_entry", lambda name, find=find: looks.append(name) or find(name))
+    check(model)
+    assert len(looks) >= 3 * len(layers) >= 24
+    model.adapter_slots(NAMES)
+    looks.clear()
+    model.adapter_bank.check_handed_out()
+    assert {name: looks.count(name) for name in "abcd"} == {"a": 4, "b": 4, "c": 4, "d": 0}
+
+
+def _one_site(model: Any) -> Any:
+    """The last of the layers that adapter a is in."""
+    return [layer for layer in model.base_model.mixed_layers() if layer.mixed_has("a")][-1]
+
+
+def _patch(model: Any) -> None:
+    module = _one_site(model).lora_A["a"]
+    plain = module.forward
+    module.forward = lambda x: 3 * plain(x)
+
+
+def _hook(model: Any) -> None:
+    _one_site(model).lora_A["a"].register_forward_hook(lambda module, args, y: 3 * y)
+
+
+def _load_one(model: Any) -> None:
+    state = model.state_dict()
+    key = [key for key in state if "lora_A.a." in key][-1]
+    model.load_state_dict({key: state[key] * 3}, strict=False, assign=True)
+
+
+def _scale_one(model: Any) -> None:
+    _one_site(model).scaling["a"] *= 3
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+@pytest.mark.parametrize("change, at_once", [(_hook, True), (_load_one, True), (_scale_one, False), (_patch, False)])
+@pytest.mark.parametrize("refresh", [False, True])
+def test_changes_of_one_site(model: Any, change: Callable[[Any], None], at_once: bool, refresh: bool) -> None:
+    """What the bank cannot be told of is found when the site's turn comes, or by `refresh`."""
+    before = check(model)
+    change(model)
+    if refresh:
+        model.adapter_bank.refresh()
+    for _ in range(1 if at_once or refresh else model.adapter_bank._adapters["a"].watch.turns):
+        after = logits(model, adapter_names=NAMES)
+    torch.testing.assert_close(after, alone(model), rtol=1e-4, atol=1e-5)
+    assert (after - before)[0].abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("as_on_a_device")
+def test_one_trained_site_is_looked_at_in_every_call(model: Any) -> None:
+    """Its copies are made anew: writes through `.data` are seen as soon as the model was told what is trained."""
+    before = check(model)
+    model.set_requires_grad(["a"])
+    for layer in model.base_model.mixed_layers():
+        layer.set_requires_grad("a", layer is _one_site(model))
+    check(model)
+    _one_site(model).lora_A["a"].weight.data.mul_(3)
+    assert (check(model) - before)[0].abs().max() > 1e-4
+
+
+@pytest.mark.usefixtures("as_on_a_device")
 def test_refresh_sees_what_nothing_else_can(model: Any) -> None:
     """Copies, here of rank 4, do not follow writes through `.data`; what is not copied does."""
     use_once(model, "a", "b", "c")

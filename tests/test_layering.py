@@ -16,7 +16,10 @@ LAYERS = (
     ("utils.save_and_load", "utils.load_directory", "utils.initial_adapter", "utils._survey"),
     ("tuners", "attention", "soft_prompts"),
     # utils: the rest of it
-    ("config", "utils", "adapter_bank", "adapter_record", "slot_tables", "routing", "prompt_call", "checkpoint"),
+    (
+        *("config", "utils", "adapter_bank", "adapter_record", "adapter_watch", "slot_tables", "routing"),
+        *("prompt_call", "checkpoint"),
+    ),
     ("ops.functional", "ops.prefix_functional", "ops.quantized_functional"),
     ("quant",),
     ("ops",),

@@ -6,11 +6,15 @@
     s[m] = scales[slot[m]] * sum_p A[slot[m]][:, part p of K] @ x[m, part p]
     y[m] = w @ x[m] + bias + B[slot[m]] @ s[m]
 
-1. Shrink jobs, one per block of rows and part of K, are drawn by tickets until none is left: a program that never runs
-   holds none, so that nothing is waited for that is not being computed. Each writes its own piece of a plane.
-2. Every program makes the base product of its columns. Streaming w takes longer than all of step 1.
-3. It waits until all jobs are done, which by then they are, and adds the updates block by block: slots ascending,
-   planes in order, each to its own rows alone. No atomics on data: a result depends on no timing, a row's on no other.
+A program draws a ticket, which says what it does, once; there are programs for all of it, and some too many:
+1. The first tickets are shrink jobs, one per block of rows and part of K. Each writes its own piece of a plane, counts
+   itself done, and exits. They run beside the others: several programs fit on a multiprocessor.
+2. The next make a tile of y each: the base product of its columns, which streams w and takes longer than a job.
+3. Then a tile waits until all jobs are done, which by then they are, and adds the updates block by block: slots
+   ascending, planes in order, each to its own rows alone. No atomics on data: a result depends on no timing, a row's
+   on no other.
+A program only waits for tickets before its own. Who drew those is running, and jobs wait for nobody: so there is no
+deadlock, in whatever order programs start and however few of them fit on the GPU at a time.
 
 counters: tickets drawn, jobs done, programs finished; zero between launches. The last program to finish sets them back,
 so that a captured graph replays. Of two launches at the same time each needs its own: a plan has one row per site.
@@ -30,20 +34,10 @@ from torch import Tensor
 
 from ..common.aot import AotCase, case, ranks as aot_ranks, x_type
 from ..common.launch import launch
-from ..common.tuning import (
-    ALWAYS,
-    AMPERE,
-    ARCHS,
-    HOPPER,
-    SMALL,
-    Candidate,
-    block_r,
-    candidates,
-    cdiv,
-    config_for,
-    power_of_2,
-)
+from ..common.tuning import ALWAYS, AMPERE, ARCHS, HOPPER, SMALL, Candidate, block_r, candidates, cdiv, config_for
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
+
+_BLOCKS = 128  # no plan of 64 rows has more
 
 
 def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
@@ -96,33 +90,19 @@ def _shrink_job(
 
 
 @triton.jit
-def _mixed_one_launch_kernel(
+def _tile(
     x_ptr, w_ptr, bias_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, planes_ptr, counters_ptr,
     y_ptr,
-    M, N, K, n_blocks,
+    tile, jobs, live, M, N, K,
     stride_xm, stride_xk, stride_wn, stride_wk, stride_pp, stride_pm, stride_ym,
-    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """One program draws jobs, then writes BLOCK_N columns of y for all rows; the blocks are at most BLOCK_B."""
-    offs_b = tl.arange(0, BLOCK_B)
-    slots = tl.load(blocks_ptr + offs_b * 3, mask=offs_b < n_blocks, other=-1)
-    live = tl.sum((slots >= 0).to(tl.int32), axis=0)  # they come first
-    jobs = live * SPLIT
-    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-    while ticket < jobs:
-        _shrink_job(
-            x_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, planes_ptr, ticket, K,
-            stride_xm, stride_xk, stride_pp, stride_pm, DTYPE, SPLIT, BLOCK_J, BLOCK_K, BLOCK_R,
-        )  # fmt: skip
-        tl.debug_barrier()  # all of the program has stored its part of the plane
-        tl.atomic_add(counters_ptr + 1, 1, sem="release")
-        ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
-
+    """BLOCK_N columns of y, for all rows."""
     position = tl.arange(0, BLOCK_M)
     mask_m = position < M
     rows = tl.load(order_ptr + position, mask=mask_m, other=0).to(tl.int64)
-    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_n = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k.to(tl.int64)[None, :] * stride_xk
@@ -159,6 +139,38 @@ def _mixed_one_launch_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "n_blocks"])
+def _mixed_one_launch_kernel(
+    x_ptr, w_ptr, bias_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, planes_ptr, counters_ptr,
+    y_ptr,
+    M, N, K, n_blocks,
+    stride_xm, stride_xk, stride_wn, stride_wk, stride_pp, stride_pm, stride_ym,
+    DTYPE: tl.constexpr, SPLIT: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """One program does a job, or makes a tile, or is one too many; the blocks are at most BLOCK_B."""
+    offs_b = tl.arange(0, BLOCK_B)
+    slots = tl.load(blocks_ptr + offs_b * 3, mask=offs_b < n_blocks, other=-1)
+    live = tl.sum((slots >= 0).to(tl.int32), axis=0)  # they come first
+    jobs = live * SPLIT
+    ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
+    tile = ticket - jobs
+    if tile < 0:
+        _shrink_job(
+            x_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, planes_ptr, ticket, K,
+            stride_xm, stride_xk, stride_pp, stride_pm, DTYPE, SPLIT, BLOCK_J, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
+        tl.debug_barrier()  # all of the program has stored its part of the plane
+        tl.atomic_add(counters_ptr + 1, 1, sem="release")
+    elif tile < tl.cdiv(N, BLOCK_N):
+        _tile(
+            x_ptr, w_ptr, bias_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, planes_ptr,
+            counters_ptr, y_ptr, tile, jobs, live, M, N, K,
+            stride_xm, stride_xk, stride_wn, stride_wk, stride_pp, stride_pm, stride_ym,
+            DTYPE, SPLIT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R,
+        )  # fmt: skip
     finished = tl.atomic_add(counters_ptr + 2, 1, sem="acq_rel")
     to_reset = tl.where(finished == tl.num_programs(0) - 1, 4, 0)
     tl.store(counters_ptr + tl.arange(0, 4), tl.zeros((4,), tl.int32), mask=tl.arange(0, 4) < to_reset)
@@ -178,10 +190,10 @@ def mixed_one_launch(
     BLOCK_R = block_r(max_rank, config["LARGEST_R"])
     planes = x.new_empty((config["SPLIT"], M, max_rank), dtype=torch.float32)
     launch(
-        _mixed_one_launch_kernel, (cdiv(N, config["BLOCK_N"]),), (
+        _mixed_one_launch_kernel, (cdiv(N, config["BLOCK_N"]) + n_blocks * config["SPLIT"],), (
             x, w, bias, blocks, order, addresses, ranks, scales, planes, counters, y, M, N, K, n_blocks,
             *x.stride(), *w.stride(), planes.stride(0), planes.stride(1), y.stride(0),
-        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=power_of_2(n_blocks), BLOCK_R=BLOCK_R,
+        ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=_BLOCKS, BLOCK_R=BLOCK_R,
     )  # fmt: skip
     return y
 
@@ -199,7 +211,7 @@ def aot_cases() -> Iterator[AotCase]:
         for BLOCK_R in aot_ranks(candidate):
             for name in dict.fromkeys((x[1:], "fp32")):
                 constants = dict(
-                    BLOCK_R=BLOCK_R, BLOCK_J=16, BLOCK_B=64, DTYPE=tl.dtype(name), stride_xk=1, stride_wk=1
+                    BLOCK_R=BLOCK_R, BLOCK_J=16, BLOCK_B=_BLOCKS, DTYPE=tl.dtype(name), stride_xk=1, stride_wk=1
                 )
                 label = f"r{BLOCK_R}-{name}"
                 yield case(_mixed_one_launch_kernel, "mixed_one_launch", label, candidate, types, **constants)

@@ -5,6 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._register import register
+from .choice import triton_failure
+
 
 class MixedSite(NamedTuple):
     """One LoRA site's adapters: a table of L slots, on x's device.
@@ -41,7 +44,7 @@ class MixedPlan(NamedTuple):
 
 
 def mixed_plan(slots: Tensor, capacity: int, sites: int) -> MixedPlan:
-    """Sort the rows of a batch by adapter.
+    """Sort the rows of a batch by adapter: on a GPU in one launch for up to 1024 rows, else with torch's operators.
 
     All shapes depend on M, capacity and sites only, and nothing is read back from the device: one compiled or captured
     graph serves every content of slots.
@@ -54,9 +57,18 @@ def mixed_plan(slots: Tensor, capacity: int, sites: int) -> MixedPlan:
         raise ValueError(f"mixed_plan: slots must be (M,), one slot per row of x, got {tuple(slots.shape)}")
     if slots.dtype.is_floating_point or slots.dtype.is_complex or slots.dtype == torch.bool:
         raise TypeError(f"mixed_plan: slots must be integers, got {slots.dtype}")
+    rows = 16 if slots.shape[0] <= 512 else 64
+    if slots.is_cuda:
+        known, order, blocks, counters = _plan(slots, capacity, sites, rows, "auto")
+    else:
+        known, order, blocks, counters = _on_torch(slots, capacity, sites, rows)
+    return MixedPlan(known, order, blocks, counters, rows)
+
+
+def _on_torch(slots: Tensor, capacity: int, sites: int, rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """slots, order, blocks and counters of the plan."""
     M, device = slots.shape[0], slots.device
-    rows = 16 if M <= 512 else 64
-    # before narrowing, which would wrap a large id into a valid one
+    slots = slots.to(torch.int64)  # -1 is no uint8, and narrowing first would wrap a large id into a valid one
     slots = torch.where((slots >= 0) & (slots < capacity), slots, -1).to(torch.int32)
     capacity = max(capacity, 1)
     key, order = torch.sort(torch.where(slots < 0, capacity, slots), stable=True)
@@ -70,4 +82,27 @@ def mixed_plan(slots: Tensor, capacity: int, sites: int) -> MixedPlan:
     columns = torch.where(used, slot, -1), torch.where(used, first, 0), torch.where(used, size, 0)
     blocks = torch.stack(columns, dim=1).to(torch.int32)
     counters = torch.zeros((sites, 4), dtype=torch.int32, device=device)
-    return MixedPlan(slots, order.to(torch.int32), blocks, counters, rows)
+    return slots, order.to(torch.int32), blocks, counters
+
+
+def _fake(slots: Tensor, capacity: int, sites: int, rows: int, implementation: str) -> tuple[Tensor, ...]:
+    M = slots.shape[0]
+    shapes = (M,), (M,), ((M + rows - 1) // rows + min(M, max(capacity, 1)), 3), (sites, 4)
+    return tuple(slots.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def _resolve(slots: Tensor, capacity: int, sites: int, rows: int, implementation: str) -> str:
+    if implementation != "auto":
+        return implementation
+    fits = 0 < slots.shape[0] <= 1024 and capacity <= 1 << 20
+    return "kernel" if fits and slots.is_cuda and not triton_failure(slots.device) else "torch"
+
+
+_plan = register(
+    "mixed_plan(Tensor slots, int capacity, int sites, int block_rows, str implementation) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    kernel="csrc_triton.mixed.plan:mixed_plan",
+    reference=_on_torch,
+    fake=_fake,
+    resolve=_resolve,
+)

@@ -1,6 +1,7 @@
 """Kernels of batches that mix adapters, through the public functions: every implementation against fp64, row by row."""
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.nn import functional as F
 import csrc_triton.mixed.linear  # noqa: F401  its kernels' candidates
 from csrc_triton.common import tuning
 from numerics import assert_as_accurate
-from peft_fast.ops import functional, lora_mixed as op
+from peft_fast.ops import functional, lora_mixed as op, mixed_plan as plan_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 L, K, N, V, D = len(RANKS), 72, 50, 29, 40
@@ -56,6 +57,58 @@ def test_every_mix(implementation, M, dtype, adapter_dtype):
     names = ("mixed", "none", "one", "distinct") if dtype == torch.float32 and M <= 64 else ("mixed",)
     for name in names:
         check(adapters, mixes(M, L)[name], *draw(M, dtype), implementation, name)
+
+
+class TestPlan:
+    """The kernel against torch's operators: every element equal."""
+
+    def check(self, slots, capacity, sites=3, rows=None):
+        rows = rows or (16 if len(slots) <= 512 else 64)
+        got = plan_op._plan(slots.to(DEVICE), capacity, sites, rows, "kernel")
+        for name, mine, theirs in zip(
+            ("slots", "order", "blocks", "counters"), got, plan_op._on_torch(slots, capacity, sites, rows), strict=True
+        ):
+            assert mine.dtype == torch.int32 and torch.equal(mine.cpu(), theirs), f"{name} of {slots}"
+
+    @pytest.mark.parametrize("M", [1, 2, 15, 16, 17, 32, 33, 63, 64, 65, 130, 257, 513, 1000, 1024])
+    @pytest.mark.parametrize("capacity", [1, 8, 1000])
+    def test_all_contents(self, M, capacity):
+        for slots in (
+            *mixes(M, capacity).values(),
+            *(torch.full((M,), slot) for slot in (0, capacity - 1, capacity, -1)),
+            torch.arange(M), torch.arange(M).flip(0), torch.randint(-2, capacity + 2, (M,)),
+            torch.randint(-2, min(capacity, 3), (M,)),
+        ):  # fmt: skip
+            self.check(slots, capacity)
+
+    @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+    def test_dtypes_gaps_and_no_slots(self, dtype):
+        self.check(torch.randint(0, 120, (80,)).to(dtype)[::2], 100)
+        self.check(torch.arange(20, dtype=dtype), 0)
+        self.check(torch.arange(20, dtype=dtype), 20, sites=700)
+        self.check(torch.arange(1100, dtype=torch.int64)[:1] + 2**32, 4)  # slot 0 if it were cut off
+
+    def test_blocks_of_other_sizes(self):
+        for rows in (1, 5, 64):
+            self.check(torch.randint(-1, 4, (100,)), 4, rows=rows)
+
+    def test_one_launch(self, launches):
+        plan_op._plan(torch.arange(20, device=DEVICE), 8, 2, 16, "kernel")
+        assert launches == ["mixed_plan"]
+
+    def test_the_choice(self):
+        """Torch's operators on a CPU, for no rows, for many, and for more slots than its keys hold."""
+        cpu, gpu = torch.empty(4, dtype=torch.int32), mock.Mock(is_cuda=True)
+        assert plan_op._resolve(cpu, 8, 1, 16, "auto") == "torch"
+        for M, capacity, expected in ((1, 8, "kernel"), (1024, 8, "kernel"), (0, 8, "torch"), (1025, 8, "torch"),
+                                      (5, 1 << 20, "kernel"), (5, (1 << 20) + 1, "torch")):  # fmt: skip
+            gpu.shape = (M,)
+            assert plan_op._resolve(gpu, capacity, 1, 16, "auto") == expected
+
+    def test_opcheck(self):
+        slots = torch.arange(20, device=DEVICE)
+        for M in (20, 0):
+            torch.library.opcheck(plan_op._plan, (slots[:M], 8, 2, 16, "kernel" if M else "torch"))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -181,14 +234,16 @@ class TestLaunches:
         """As many for any mix; the reference launches nothing."""
         adapters, (x, w, bias) = adapters_of(K, N, torch.float32), draw(20, torch.float32)
         for slots in mixes(20, L).values():
+            plan = plan_of(slots)
             launches.clear()
-            functional.lora_linear_mixed(x, w, adapters.site, plan_of(slots), bias, implementation=implementation)
+            functional.lora_linear_mixed(x, w, adapters.site, plan, bias, implementation=implementation)
             assert launches == expected
 
     def test_others(self, launches):
         plan, base = plan_of(torch.arange(20) % L), torch.randn(20, D, device=DEVICE)
         ids = torch.randint(0, V, (20,), device=DEVICE)
         adapters = adapters_of(V, D, torch.float32)
+        launches.clear()
         functional.lora_embedding_mixed(base, ids, adapters.site, plan, V, implementation="one_launch")
         assert launches == ["mixed_embedding", "mixed_expand"]
         launches.clear()

@@ -155,6 +155,14 @@ def test_mixed_several_tiles(implementation, small_tiles):
     assert check(launches) == MIXED[implementation]
 
 
+@pytest.mark.parametrize("M", [1, 37, 65, 600])
+def test_mixed_plan(M):
+    slots = torch.arange(M, device=DEVICE) * 5 % 9 - 1
+    with counting() as launches:
+        torch.ops.peft_fast.mixed_plan(slots, 8, 5, 16, "kernel")
+    assert check(launches) == ["mixed_plan"]
+
+
 @pytest.mark.parametrize("M, V, D", [(37, 29, 41), (520, 50, 70)])
 def test_mixed_embedding(M, V, D):
     adapters, ids = Adapters(V, D, BF16, MIXED_RANKS, DEVICE), torch.randint(-2, V + 2, (M,), device=DEVICE)

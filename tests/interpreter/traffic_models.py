@@ -132,6 +132,15 @@ def block_tables(t: Launch, jobs: Jobs, parts: int, others: int) -> Elements:
     )  # fmt: skip
 
 
+def mixed_plan_model(t: Launch) -> tuple[Elements, Elements]:
+    """slots once for the program's rows and once for those they are compared with; the sorted slots three times."""
+    M, blocks = t["M"], t["n_blocks"]
+    sorted_rows = 3 * M - 1 - (M == t["BLOCK"])  # with those before, of one more where there is room, and those after
+    return dict(slots=times(M, 2), order=(M, sorted_rows), known=(M, sorted_rows)), dict(
+        known=times(M, 1), order=times(M, 1), blocks=times(3 * blocks, 1), counters=times(t["n_counters"], 1)
+    )
+
+
 def mixed_shrink_model(t: Launch) -> tuple[Elements, Elements]:
     K, BLOCK_M, BLOCK_R, PARTS = of(t, "K BLOCK_M BLOCK_R PARTS")
     jobs, splits = Jobs(t, BLOCK_M, PARTS), t.grid[1]
@@ -183,22 +192,28 @@ def mixed_gemm_model(t: Launch) -> tuple[Elements, Elements]:
     return loads, dict(y=times(M * N, 1))
 
 
-def mixed_one_launch_model(t: Launch) -> tuple[Elements, Elements, Elements]:
-    """x once per program and once more for s; every program waits for, and reads, all planes."""
+def one_launch(t: Launch, programs: int, tiles: int) -> tuple[Elements, Elements, int]:
+    """x once per tile and once more for s; every tile waits for, and reads, all planes. Third: the number of jobs."""
     M, N, K, SPLIT, BLOCK_R, BLOCK_J = of(t, "M N K SPLIT BLOCK_R BLOCK_J")
-    jobs, programs, entries = Jobs(t, BLOCK_J, 1), t.grid[0], t["blocks"].shape[0]
+    jobs, entries = Jobs(t, BLOCK_J, 1), t["blocks"].shape[0]
     loads = dict(
-        blocks=(entries + 2 * jobs.all, entries * programs + 3 * jobs.all * (SPLIT + programs)),
-        ranks=(len(jobs.slots), jobs.all * (SPLIT + programs)),
-        order=(M, jobs.rows * SPLIT + M * programs),
-        addresses=(2 * len(jobs.ranks), len(jobs.live) * (SPLIT + programs)),
-        scales=(len(jobs.slots), jobs.all * programs),
-        x=(M * K, M * K * programs + jobs.x(K, BLOCK_R)), A=jobs.a(K), w=times(N * K, 1), bias=times(N, 1),
-        planes=times(SPLIT * jobs.row_padded, programs), B=jobs.b(N),
+        blocks=(entries + 2 * jobs.all, entries * programs + 3 * jobs.all * (SPLIT + tiles)),
+        ranks=(len(jobs.slots), jobs.all * (SPLIT + tiles)),
+        order=(M, jobs.rows * SPLIT + M * tiles),
+        addresses=(2 * len(jobs.ranks), len(jobs.live) * (SPLIT + tiles)),
+        scales=(len(jobs.slots), jobs.all * tiles),
+        x=(M * K, M * K * tiles + jobs.x(K, BLOCK_R)), A=jobs.a(K), w=times(N * K, 1), bias=times(N, 1),
+        planes=times(SPLIT * jobs.row_padded, tiles), B=jobs.b(N),
     )  # fmt: skip
     stores = dict(planes=times(SPLIT * jobs.row_ranks, 1), y=times(M * N, 1), counters=times(4, 1))
-    draws = 2 * jobs.all * SPLIT + programs  # a ticket and a count per job, a last ticket per program
-    return loads, stores, dict(counters=(3, draws + 2 * programs))  # each waits once, where jobs are done, and finishes
+    return loads, stores, jobs.all * SPLIT
+
+
+def mixed_one_launch_model(t: Launch) -> tuple[Elements, Elements, Elements]:
+    """A ticket of each program and its end, a count of each job; each tile waits once, where jobs are done."""
+    programs, tiles = t.grid[0], cdiv(t["N"], t["BLOCK_N"])
+    loads, stores, jobs = one_launch(t, programs, tiles)
+    return loads, stores, dict(counters=(3, 2 * programs + jobs + tiles))
 
 
 # ------------------------------------------------------------------------------------------- quantized
@@ -252,9 +267,11 @@ def fourbit_linear_model(t: Launch) -> tuple[Elements, Elements]:
 
 
 def fourbit_mixed_model(t: Launch) -> tuple[Elements, Elements, Elements]:
-    loads, stores, atomics = mixed_one_launch_model(t)
+    """Every program makes a tile, and jobs before it: a ticket and a count per job, a last ticket, a wait, its end."""
+    programs = t.grid[0]
+    loads, stores, jobs = one_launch(t, programs, programs)
     del loads["w"]
-    return loads | fourbit_weight(t, t.grid[0], 1), stores, atomics
+    return loads | fourbit_weight(t, programs, 1), stores, dict(counters=(3, 2 * jobs + 3 * programs))
 
 
 def int8_quantize_model(t: Launch) -> tuple[Elements, Elements]:

@@ -55,8 +55,15 @@ class MixedBatches(nn.Module):
         """What `.to()` and its kin do, on every module from the root down."""
         result = super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         if "_bank" in self.__dict__:
+            self.adapter_bank.look_at_all()
             self.adapter_bank.follow()
         return result
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        """What `load_state_dict` does, on every module from the root down."""
+        if "_bank" in self.__dict__:
+            self.adapter_bank.look_at_all()
+        super()._load_from_state_dict(*args)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As every tuner; see `BaseTuner.set_adapter`."""
@@ -64,6 +71,14 @@ class MixedBatches(nn.Module):
             for name in as_names(adapter_name):
                 self.adapter_bank.bring_home(name)
         super().set_adapter(adapter_name, inference_mode)  # type: ignore[misc]
+        if "_bank" in self.__dict__:
+            self.adapter_bank.look_at_all()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """As every tuner; see `BaseTuner.set_requires_grad`."""
+        super().set_requires_grad(adapter_names, requires_grad)  # type: ignore[misc]
+        if "_bank" in self.__dict__:
+            self.adapter_bank.look_at_all()
 
     def _leaving(self, adapter_name: str) -> AbstractContextManager[None]:
         return self.adapter_bank.leave(adapter_name) if "_bank" in self.__dict__ else nullcontext()
