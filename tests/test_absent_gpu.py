@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-from absent_driver import run  # noqa: E402
+from absent_driver import run
 
 HERE = Path(__file__).parent
 FAMILIES = ("lora", "mixed", "prefix", "quantized")

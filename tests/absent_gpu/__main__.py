@@ -1,7 +1,8 @@
 """Compile every launch of ``calls.py`` for a GPU that is not there: ``python tests/absent_gpu ARCH FAMILY [--update]``.
 
-Prints JSON: the calls made, the kernels they need, how many were compiled now, and what failed. What was compiled without a
-complaint is kept in rows.json, by the hash of all that decides it, and is not compiled again; --update adds to that file.
+Prints JSON: the calls made, the kernels they need, how many were compiled now, and what failed. What was compiled
+without a complaint is kept in rows.json, by the hash of all that decides it, and is not compiled again; --update adds to
+that file.
 """
 
 import argparse
@@ -47,8 +48,8 @@ def main() -> int:
             call()
         except Exception as error:
             failed[label] = f"{type(error).__name__}: {str(error)[:300]}"
-    summary = dict(calls=made, launches=len(launched), kernels=len(rows.met), compiled=len(rows.met - known), failed=failed)
-    print(json.dumps(summary))
+    summary = dict(calls=made, launches=len(launched), kernels=len(rows.met), compiled=len(rows.met - known))
+    print(json.dumps(summary | dict(failed=failed)))
     if args.update:
         ROWS.write_text(json.dumps(sorted(known | rows.clean), indent=0) + "\n")
     return bool(failed)
@@ -67,7 +68,9 @@ class _Rows:
 
         compile_it = JITFunction._do_compile
 
-        def do_compile(kernel: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any) -> Any:
+        def do_compile(
+            kernel: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, *rest: Any
+        ) -> Any:  # fmt: skip
             row = self.key(kernel, signature, constexprs, options, rest[0])
             self.met.add(row)
             if row in self.known:

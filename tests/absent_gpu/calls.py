@@ -1,7 +1,8 @@
 """Calls of every launcher at the kinds of sizes that models have: what a launch specialises on differs between them.
 
-A size of 1 becomes a constant, a multiple of 16 is promised to be one, an absent tensor is None. Decoding has many of these,
-and neither the interpreter nor the ahead-of-time check compiles them. Tensors are on the CPU and hold nothing: no kernel runs.
+A size of 1 becomes a constant, a multiple of 16 is promised to be one, an absent tensor is None. Decoding has many of
+these, and neither the interpreter nor the ahead-of-time check compiles them. Tensors are on the CPU and hold nothing: no
+kernel runs.
 """
 
 import itertools
@@ -15,8 +16,10 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 def every(family: str, wide: bool) -> Iterator[Call]:
-    """(label, call) of a family: "lora", "mixed", "prefix" or "quantized"; wide: all kinds, else those of a decode and a
-    training step."""
+    """(label, call) of a family: "lora", "mixed", "prefix" or "quantized".
+
+    wide: all kinds, else those of a decode and a training step.
+    """
     return {"lora": _lora, "mixed": _mixed, "prefix": _prefix, "quantized": _quantized}[family](wide)
 
 
@@ -28,7 +31,8 @@ def _lora(wide: bool) -> Iterator[Call]:
     from csrc_triton.lora.linear import lora_linear_fwd, lora_update_fwd
     from csrc_triton.lora.linear_bwd import lora_linear_bwd
 
-    sizes = [(M, 256, 256, R) for M in ((1, 5, 16, 300, 2048) if wide else (1, 300)) for R in ((8, 64) if wide else (16,))]
+    rows, ranks = ((1, 5, 16, 300, 2048), (8, 64)) if wide else ((1, 300), (16,))
+    sizes = [(M, 256, 256, R) for M, R in itertools.product(rows, ranks)]
     sizes += [(1, 1, 7, 1), (37, 50, 65, 5), (1, 1, 1, 1), (37, 33, 31, 40), (3, 256, 256, 128)] * wide
     dtypes = ((BF16, FP32), (BF16, BF16), (FP16, FP32), (FP32, FP32)) if wide else ((BF16, FP32),)
     for (M, N, K, R), (dtype, adapters), p in itertools.product(sizes, dtypes, (0.0, 0.05)):
@@ -63,14 +67,18 @@ def _site(slots: int, adapters: torch.dtype, rank: int) -> tuple[Any, ...]:
 
 def _mixed(wide: bool) -> Iterator[Call]:
     from csrc_triton.mixed.linear import lora_embedding_mixed, lora_linear_mixed, lora_update_mixed
+    from csrc_triton.mixed.plan import mixed_plan
 
     rows, slots = ((1, 5, 32, 64, 600), (1, 128)) if wide else ((1, 32), (8,))
     dtypes = ((BF16, BF16), (BF16, FP32), (FP16, FP16), (FP32, FP32)) if wide else ((BF16, BF16),)
     for M, L, (dtype, adapters), rank in itertools.product(rows, slots, dtypes, (16, 64) if wide else (16,)):
-        x, w, plan, site = zeros(M, 256, dtype=dtype), zeros(256, 256, dtype=dtype), _plan(M, L), _site(L, adapters, rank)
+        x, w = zeros(M, 256, dtype=dtype), zeros(256, 256, dtype=dtype)
+        plan, site = _plan(M, L), _site(L, adapters, rank)
         label = f"{M} rows {L} slots {dtype} {adapters} r{rank}"
         for how in ("grouped", "split", *(("one_launch",) if M <= 64 else ())):
             yield f"mixed {how} {label}", lambda a=(x, w, None, *site, *plan, how): lora_linear_mixed(*a)
+        slots = torch.zeros(M, dtype=torch.int32)
+        yield f"plan {label}", lambda a=(slots, L, 3, 16): mixed_plan(*a)
         yield f"mixed update {label}", lambda a=(x, x, *site, *plan, "grouped"): lora_update_mixed(*a)
         ids = torch.zeros(M, dtype=torch.int64)
         yield f"embedding {label}", lambda a=(x, ids, *site, *plan, 1000, "grouped"): lora_embedding_mixed(*a)
@@ -81,7 +89,8 @@ def _prefix(wide: bool) -> Iterator[Call]:
     if wide:
         sizes += [
             (1, 1, 1, 1, 1, 1, 64), (1, 8, 2, 1, 64, 16, 64), (1, 4, 4, 256, 256, 1, 64), (3, 8, 2, 300, 300, 20, 64),
-            (2, 8, 8, 128, 0, 16, 64), (2, 8, 2, 128, 128, 0, 128), *((2, 4, 2, 70, 70, 9, D) for D in (1, 7, 80, 96, 256)),
+            (2, 8, 8, 128, 0, 16, 64), (2, 8, 2, 128, 128, 0, 128),
+            *((2, 4, 2, 70, 70, 9, D) for D in (1, 7, 80, 96, 256)),
         ]  # fmt: skip
     for (B, H, KV, L, S, T, D), dtype in itertools.product(sizes, (BF16, FP16, FP32) if wide else (BF16,)):
         label = f"B{B} H{H} KV{KV} L{L} S{S} T{T} D{D} {dtype}"
@@ -148,5 +157,6 @@ def _quantized(wide: bool) -> Iterator[Call]:
             yield f"4 bits mixed {M} rows {label}", lambda args=args: fourbit_mixed(*args)
     for M, dtype, R in itertools.product((1, 5, 64, 300) if wide else (1, 300), dtypes, (8, 64) if wide else (16,)):
         values, scales = torch.zeros(256, 256, dtype=torch.int8), torch.zeros(256)
-        args = (zeros(M, 256, dtype=dtype), values, scales, None, torch.zeros(R, 256), torch.zeros(256, R), 2.0, 0.0, "kernel")
+        weight = values, scales, None, torch.zeros(R, 256), torch.zeros(256, R)
+        args = (zeros(M, 256, dtype=dtype), *weight, 2.0, 0.0, "kernel")
         yield f"int8 {M} rows r{R} {dtype}", lambda args=args: lora_linear_int8(*args)
