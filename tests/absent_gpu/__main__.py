@@ -1,8 +1,8 @@
 """Compile every launch of ``calls.py`` for a GPU that is not there: ``python tests/absent_gpu ARCH FAMILY [--update]``.
 
 Prints JSON: the calls made, the kernels they need, how many were compiled now, and what failed. What was compiled
-without a complaint is kept in rows.json, by the hash of all that decides it, and is not compiled again; --update adds to
-that file.
+without a complaint is kept in rows.json, by the hash of all that decides it, and is not compiled again; --update adds
+to that file.
 """
 
 import argparse

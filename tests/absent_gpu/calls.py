@@ -1,8 +1,8 @@
 """Calls of every launcher at the kinds of sizes that models have: what a launch specialises on differs between them.
 
 A size of 1 becomes a constant, a multiple of 16 is promised to be one, an absent tensor is None. Decoding has many of
-these, and neither the interpreter nor the ahead-of-time check compiles them. Tensors are on the CPU and hold nothing: no
-kernel runs.
+these, and neither the interpreter nor the ahead-of-time check compiles them. Tensors are on the CPU and hold nothing:
+no kernel runs.
 """
 
 import itertools
