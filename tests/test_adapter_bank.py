@@ -518,7 +518,7 @@ def _scale_one(model: Any) -> None:
 
 
 @pytest.mark.usefixtures("as_on_a_device")
-@pytest.mark.parametrize("change, at_once", [(_hook, True), (_load_one, True), (_scale_one, False), (_patch, False)])
+@pytest.mark.parametrize("change, at_once", [(_hook, True), (_load_one, True), (_scale_one, True), (_patch, False)])
 @pytest.mark.parametrize("refresh", [False, True])
 def test_changes_of_one_site(model: Any, change: Callable[[Any], None], at_once: bool, refresh: bool) -> None:
     """What the bank cannot be told of is found when the site's turn comes, or by `refresh`."""

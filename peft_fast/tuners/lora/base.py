@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...adapter_watch import Scalings
 from ...routing import MixedBatch, current, wrong_length
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
@@ -47,7 +48,7 @@ class LoraLayer(BaseTunerLayer):
         self.base_layer = base_layer
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
+        self.scaling: dict[str, float] = Scalings()
         self.lora_dropout = nn.ModuleDict()
         self.lora_A = nn.ModuleDict()
         self.lora_B = nn.ModuleDict()
