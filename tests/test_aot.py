@@ -187,6 +187,8 @@ def test_the_hash_follows_the_text_and_not_where_it_stands(tmp_path: Path) -> No
         ({"registers": 4, "sass_lines": 16}, "stub"),
         ({"registers": 168, "threads": 512}, "registers x"),
         ({"error": "X: y"}, "does not compile"),
+        ({"note": "wgmma serialized", "kernel": "lora_gemm"}, "wgmma serialized"),
+        ({"note": "wgmma serialized", "kernel": "lora_grad"}, None),
     ],
 )
 def test_what_a_row_must_not_show(change: dict[str, Any], message: str | None) -> None:

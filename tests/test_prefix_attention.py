@@ -113,8 +113,8 @@ def test_decoding_in_a_static_cache(dtype, S):
     shape = dict(SHAPE, L=1, S=S, D=64, T=20)
     mask = torch.arange(S) < 64
     # with one query a gradient is a sum of few terms, and the log that all of them have in common was rounded three
-    # times: of each source, and of both
-    factor = 3.5 if dtype == torch.float32 else 2.0
+    # times: of each source, and of both. How often plain torch rounds differs between CPUs: 3.2 to 3.9 times its error
+    factor = 4.5 if dtype == torch.float32 else 2.0
     slid = dict(causal_offset=63, window=10, past=torch.tensor([63]))
     for options in (dict(mask=mask.expand(4, 1, 1, S)), dict(causal_offset=63), slid, rows() | slid | dict(window=66)):
         check_accuracy(shape, options, dtype, factor=factor)

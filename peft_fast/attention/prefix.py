@@ -124,8 +124,10 @@ class PrefixCall:
         FAMILIES[model_type(self.base)].positions(self.base, kwargs, rows.shift, past, inputs)
         if isinstance(past, int):
             self._fit_positions(kwargs, rows, past + inputs.shape[1])
-        # a static cache counts in place
-        seen = past.reshape(1).clone() if isinstance(past, Tensor) else torch.tensor([past], device=inputs.device)
+        if isinstance(past, Tensor):
+            seen = past.reshape(1).clone()  # a static cache counts in place
+        else:  # filled on the device: a copy from the host would be waited for at every token
+            seen = torch.full((1,), past, dtype=torch.int64, device=inputs.device)
         kwargs[KEYWORD] = Prefix(self.layer, rows, self.longest, seen, self._distances)
         return kwargs
 
