@@ -26,8 +26,8 @@ ROWS = Path(__file__).parent / "aot_rows"
 MEASURE_VERSION = 1
 # What over-limit kernels were seen to compile to, without an error: 4 registers and 16 lines (8 on gfx942).
 _STUB_REGISTERS, _STUB_LINES, _STUB_LINES_AMD = 4, 16, 8
-# Kernels whose main loop has to keep several products in flight: there "wgmma serialized" costs 20 to 40 % of the time. The
-# gradients of A and B wait for memory instead; of prefix attention's backward the rows show it.
+# Kernels whose main loop has to keep several products in flight: there "wgmma serialized" costs a fifth of the time and
+# more. The gradients of A and B wait for memory instead; of prefix attention's backward the rows show it.
 _IN_FLIGHT = ("gemm", "one_launch")
 COLUMNS = ("kernel", "arch", "config", "registers", "spill_bytes", "shared_bytes", "mma_count", "sass_lines", "matmul")
 

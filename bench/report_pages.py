@@ -24,7 +24,7 @@ HEADLINES = {
         *("quant-train-8x128-nf4-bf16-autocast-p0.05", "memory quant-train-8x128-nf4-bf16-autocast-p0.05"),
     ),
     "generate": ("lora-generate-16x32-4adapters-bf16", "prefix-generate-16x32-P128-fp32-4prefixes"),
-    "host": ("host-bf16", "host-fp32"),
+    "host": (),
 }
 NOTES = {
     "lora": "One layer: a site of a quarter of Llama-3-8B's sizes. Models: a Llama with hidden size 512 and 8 layers, "

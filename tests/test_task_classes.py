@@ -80,8 +80,9 @@ def test_files_both_ways(family: str, task: str, tmp_path: Path) -> None:
     assert type(here) is type(ours) and trainable(here) == trainable(there) == []
     for key, value in expected.items():
         assert not torch.allclose(value, base[key])
-        torch.testing.assert_close(outputs[0][key], value)
-        torch.testing.assert_close(outputs[1][key], value)
+        # sums of other orders, by which logits near 1 differ in the fifth digit on some CPUs
+        torch.testing.assert_close(outputs[0][key], value, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(outputs[1][key], value, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "t5", "bart"])

@@ -40,7 +40,10 @@ def test_a_row_is_found_where_it_was_measured(kernels, kernel, monkeypatch):
     """The launchers ask for the sizes of their jobs: real sizes, on tensors without memory, launching nothing."""
     from triton.runtime.jit import KernelInterface
 
+    from csrc_triton.common import launch
+
     job, meta = tune_jobs.JOBS[kernel], torch.device("meta")
+    monkeypatch.setattr(launch, "JITFunction", ())  # launches are Triton's own, which are none
     monkeypatch.setattr(KernelInterface, "__getitem__", lambda self, grid: lambda *args, **kwargs: None)
     on = Setting("Test GPU", meta, torch.bfloat16, "sm_90", 0, 0.0, 1, dry=False)
     for size in job.sizes:
