@@ -20,8 +20,8 @@ status=0
 for step in "$@"; do
     echo "== $step"
     case $step in
-        check) # what only a GPU can show, before anything is timed; without one all of it is skipped
-            timeout 590 "$python" -m pytest tests -q -m gpu 2>&1 | tee "$out/check.log" || status=1 ;;
+        check) # the kernels' own tests on the device, before anything is timed; without one all of it is skipped
+            timeout 590 "$python" -m pytest tests/interpreter tests/test_mixed_gpu.py -n 8 -q 2>&1 | tee "$out/check.log" || status=1 ;;
         sanitize) # kernels that wait for each other
             if ! command -v compute-sanitizer > /dev/null; then
                 echo "compute-sanitizer is not installed: not done" | tee "$out/sanitize.log"

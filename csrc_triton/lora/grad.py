@@ -33,7 +33,7 @@ CANDIDATES = candidates("lora_grad", [
 ])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_program", "stride_gp", "stride_dsp"])
+@triton.jit
 def _lora_grad_kernel(
     t_ptr, v_ptr, bits_ptr, b_ptr, g_ptr, ds_ptr,
     scale, M, C, R, rows_per_program,

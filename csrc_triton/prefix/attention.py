@@ -48,7 +48,7 @@ CANDIDATES = candidates("prefix_fwd", [
 DECODE_QUERIES = 64
 
 
-@triton.jit(do_not_specialize=["causal_offset", "window", "threshold", "L", "S", "max_length"])
+@triton.jit
 def _prefix_fwd_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, sinks_ptr, out_ptr, lse_ptr,
     starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,

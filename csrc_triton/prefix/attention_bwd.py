@@ -75,10 +75,7 @@ DPREFIX_CANDIDATES = candidates("prefix_dprefix", [
 _DELTA_ROWS = 16
 
 
-_BOUNDS = ["causal_offset", "window", "threshold", "B", "L", "S", "T", "max_length"]
-
-
-@triton.jit(do_not_specialize=["L", "rows"])
+@triton.jit
 def _prefix_delta_kernel(
     dout_ptr, out_ptr, lse_ptr, sums_ptr, H, L, rows, stride_doutb, stride_doutl, stride_douth, D,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -106,7 +103,7 @@ def _dq_tile(
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=_BOUNDS)
+@triton.jit
 def _prefix_dq_kernel(
     q_ptr, k_ptr, v_ptr, pk_ptr, pv_ptr, dout_ptr, sums_ptr, dq_ptr,
     starts_ptr, lengths_ptr, past_ptr, mask_ptr, bias_ptr, seed_ptr,
@@ -205,7 +202,7 @@ def _dkv_tile(dk, dv, q, dout, v, s, before, lse, delta, keep, keep_scale, outer
     return dk, dv
 
 
-@triton.jit(do_not_specialize=_BOUNDS)
+@triton.jit
 def _prefix_dkv_kernel(
     q_ptr, k_ptr, v_ptr, dout_ptr, sums_ptr, dk_ptr, dv_ptr, mask_ptr, seed_ptr,
     scale, inner, outer, causal_offset, window, threshold, keep_scale, L, S, max_length, group,
@@ -263,7 +260,7 @@ def _prefix_dkv_kernel(
     tl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=stored)
 
 
-@triton.jit(do_not_specialize=_BOUNDS)
+@triton.jit
 def _prefix_dprefix_kernel(
     q_ptr, pk_ptr, pv_ptr, dout_ptr, sums_ptr, dpk_ptr, dpv_ptr,
     starts_ptr, lengths_ptr, past_ptr, bias_ptr, seed_ptr,
