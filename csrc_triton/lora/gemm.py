@@ -34,7 +34,7 @@ CANDIDATES = candidates("lora_gemm", [
     Candidate(_blocks(16, 32, 128), 4, 4, CUDA),
     Candidate(_blocks(32, 32, 128), 4, 3, CUDA, default_to=32),
     Candidate(_blocks(32, 64, 128), 4, 3, CUDA),
-    Candidate(_blocks(64, 128, 64), 4, 3, CUDA, default_to=256),
+    Candidate(_blocks(64, 128, 64, 32), 4, 3, CUDA, default_to=256),  # planes of 64 ranks would spill on sm_100
     Candidate(_blocks(128, 128, 64), 8, 3, CUDA, default_to=ALWAYS),
     Candidate(_blocks(128, 256, 64, 32), 8, 3, HOPPER),
     Candidate(_blocks(64, 64, 32), 4, 2, SMALL, default_to=256),

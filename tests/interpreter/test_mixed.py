@@ -103,7 +103,10 @@ class TestPlan:
         for M, capacity, expected in ((1, 8, "kernel"), (1024, 8, "kernel"), (0, 8, "torch"), (1025, 8, "torch"),
                                       (5, 1 << 20, "kernel"), (5, (1 << 20) + 1, "torch")):  # fmt: skip
             gpu.shape = (M,)
-            assert plan_op._resolve(gpu, capacity, 1, 16, "auto") == expected
+            with mock.patch.object(plan_op, "triton_failure", lambda device: ""):
+                assert plan_op._resolve(gpu, capacity, 1, 16, "auto") == expected
+            with mock.patch.object(plan_op, "triton_failure", lambda device: "no compiler"):
+                assert plan_op._resolve(gpu, capacity, 1, 16, "auto") == "torch"
 
     def test_opcheck(self):
         slots = torch.arange(20, device=DEVICE)
