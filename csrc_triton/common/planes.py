@@ -20,7 +20,7 @@ from .tuning import ARCHS, cdiv
 _BLOCK, _WARPS = 512, 4
 
 
-@triton.jit(do_not_specialize=["P", "rows", "stride_pp"])
+@triton.jit
 def _sum_planes_kernel(
     planes_ptr, out_ptr, scale, P, rows, cols, stride_pp, stride_pr, stride_or, BLOCK: tl.constexpr
 ):  # fmt: skip

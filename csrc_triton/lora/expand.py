@@ -25,7 +25,7 @@ CANDIDATES = candidates("lora_expand", [
 ])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
 def _lora_expand_kernel(
     s_ptr, b_ptr, base_ptr, bits_ptr, y_ptr,
     M, N, R,

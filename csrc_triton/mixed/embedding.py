@@ -21,7 +21,7 @@ from .table import DTYPES, adapter, block_rows
 _BLOCK_M, _LARGEST_R, _WARPS = 16, 64, 4
 
 
-@triton.jit(do_not_specialize=["V"])
+@triton.jit
 def _mixed_embedding_kernel(
     ids_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, planes_ptr,
     V, stride_pm,

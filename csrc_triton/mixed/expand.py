@@ -33,7 +33,7 @@ CANDIDATES = candidates("mixed_expand", [
 ])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["P"])
+@triton.jit
 def _mixed_expand_kernel(
     planes_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, y_ptr,
     P, N, stride_pp, stride_pm, stride_ym,

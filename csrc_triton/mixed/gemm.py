@@ -43,7 +43,7 @@ CANDIDATES = candidates("mixed_gemm", [
 ])  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "P", "L"])
+@triton.jit
 def _mixed_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, planes_ptr, slots_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, y_ptr,
     M, N, K, P, L,

@@ -147,7 +147,7 @@ def triton_failure(device: torch.device) -> str:
     """
     if not has_triton():
         return "triton is not installed"
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return ""  # nothing may be loaded now; a launch that then fails says so itself
     return _triton_failure(device)
 
