@@ -29,7 +29,7 @@ from ..common.tuning import ALWAYS, ARCHS, CUDA, SMALL, Candidate, block_r, cand
 CANDIDATES = candidates("lora_shrink", [
     Candidate(dict(BLOCK_M=16, BLOCK_K=128, LARGEST_R=64, PROGRAMS=256), 4, 3, CUDA, default_to=512),
     Candidate(dict(BLOCK_M=64, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256), 4, 3, CUDA, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=128, BLOCK_K=64, LARGEST_R=128, PROGRAMS=256), 8, 3, CUDA),
+    Candidate(dict(BLOCK_M=128, BLOCK_K=64, LARGEST_R=64, PROGRAMS=256), 8, 3, CUDA),  # a mask for 128 ranks spills
     Candidate(dict(BLOCK_M=32, BLOCK_K=64, LARGEST_R=64, PROGRAMS=256), 4, 2, SMALL, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_K=32, LARGEST_R=64, PROGRAMS=256), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
