@@ -11,13 +11,20 @@ _SLOW = 2.5
 _REPEATS = 5
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def slow_on_cpu(dtype: torch.dtype) -> bool:
     """Whether low-rank products in ``dtype`` (bf16 or fp16) are better made in fp32: 2 milliseconds, at the first call.
 
-    A CPU without AVX512-BF16 or AMX emulates bf16.
+    A CPU without AVX512-BF16 or AMX emulates bf16. In a compiled graph the answer is a constant.
     """
+    return _is_slow(dtype)
+
+
+# What torch.compiler.assume_constant_result sets. To call that imports the compiler, which takes a second.
+slow_on_cpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _is_slow(dtype: torch.dtype) -> bool:
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     return _seconds(dtype) > _SLOW * _seconds(torch.float32)

@@ -1,5 +1,7 @@
 """lora_linear and lora_update against fp64, output and every gradient, on the reference path (kernels: interpreter)."""
 
+import time
+
 import pytest
 import torch
 from torch import Tensor
@@ -174,10 +176,35 @@ class TestACpuThatIsSlowAt16Bits:
         assert made.dtypes.count(dtype) == 1 and y.dtype == dtype
 
 
+@pytest.mark.parametrize("seconds", [0.4, 8.0])
+def test_a_graph_knows_what_the_cpu_is_fast_at(seconds, monkeypatch):
+    """Also where the first call of all is the compiler's, which cannot trace a clock."""
+
+    def measured(dtype):
+        return time.perf_counter() * 0 + (seconds if dtype.itemsize == 2 else 1.0)
+
+    graphs = []
+    monkeypatch.setattr(cpu, "_seconds", measured)
+    cpu._is_slow.cache_clear()
+    torch.compiler.reset()
+    x, w, a, b, bias = make(130, 48, 64, 8, torch.bfloat16)
+    try:
+        with torch.no_grad():
+            linear = torch.compile(
+                functional.lora_linear,
+                fullgraph=True,
+                backend=lambda graph, inputs: graphs.append(graph) or graph.forward,
+            )
+            assert torch.equal(linear(x, w, a, b, 0.7, bias), functional.lora_linear(x, w, a, b, 0.7, bias))
+    finally:
+        cpu._is_slow.cache_clear()
+    assert (".float()" in graphs[0].code) == (seconds > 1)
+
+
 def test_what_a_cpu_is_fast_at_is_measured_once(monkeypatch):
     seconds = {torch.float32: 1.0, torch.bfloat16: 8.0, torch.float16: 2.0}
     monkeypatch.setattr(cpu, "_seconds", lambda dtype: seconds[dtype])
-    cpu.slow_on_cpu.cache_clear()
+    cpu._is_slow.cache_clear()
     try:
         assert [cpu.slow_on_cpu(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)] == [
             True,
@@ -188,7 +215,7 @@ def test_what_a_cpu_is_fast_at_is_measured_once(monkeypatch):
         seconds[torch.bfloat16] = 0.4
         assert cpu.slow_on_cpu(torch.bfloat16)
     finally:
-        cpu.slow_on_cpu.cache_clear()
+        cpu._is_slow.cache_clear()
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compile"])
