@@ -127,6 +127,7 @@ def attend(
     query, key, value, prefix_k, prefix_v = (
         tensor.to(device, dtype) for tensor in (query, key, value, prefix_k, prefix_v)
     )
+    window = peft_prefix.window(kwargs.get("sliding_window"), query.shape[2])
     mask, causal_offset = _visible(module, query, key, attention_mask, kwargs)
     starts, lengths, order = (None if t is None else t.to(device) for t in peft_prefix.rows[:3])
     out, _ = prefix_attention(
@@ -140,12 +141,12 @@ def attend(
         order=order,
         max_length=peft_prefix.longest,
         mask=mask,
-        prefix_bias=peft_prefix.bias(query.shape[2]),
+        prefix_bias=peft_prefix.bias(query.shape[2], device),
         sinks=kwargs.get("s_aux"),
-        past=peft_prefix.past.to(device),
+        past=None if window is None else peft_prefix.past_on(device),
         scale=scaling,
         causal_offset=causal_offset,
-        window=kwargs.get("sliding_window"),
+        window=window,
         softcap=kwargs.get("softcap") or 0.0,
         dropout_p=dropout,
         seed=new_seed(device) if dropout > 0 else None,

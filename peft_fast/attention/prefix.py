@@ -36,7 +36,7 @@ class Prefix:
     Args:
         layer: layer -> keys and values (slots, heads, head size) of all prefixes of the call, one behind another.
         rows: which of them each row uses. longest: length of the longest.
-        past: (1,) int64, number of tokens in the cache before this forward.
+        past: number of tokens in the cache before this forward; (1,) int64 where a static cache counts them.
         distances: the module with T5's bias by distance, if the model has one.
         first: what is added to the number of a layer.
     """
@@ -46,7 +46,7 @@ class Prefix:
         layer: Callable[[int], tuple[Tensor, Tensor]],
         rows: Rows,
         longest: int,
-        past: Tensor,
+        past: int | Tensor,
         distances: nn.Module | None = None,
         first: int = 0,
     ) -> None:
@@ -60,14 +60,26 @@ class Prefix:
         first, self.applications = self.applications, self.applications + layers
         return Prefix(self.layer, self.rows, self.longest, self.past, self.distances, first)
 
-    def bias(self, tokens: int) -> Tensor | None:
+    def window(self, window: int | None, tokens: int) -> int | None:
+        """The window for `tokens` queries; None where nothing has slid out of it, as far as the host knows."""
+        if window is None or (isinstance(self.past, int) and self.longest + self.past + tokens <= window):
+            return None
+        return window
+
+    def past_on(self, device: torch.device) -> Tensor:
+        """`past` on a device; an int is filled in there: a copy from the host would be waited for at every token."""
+        if isinstance(self.past, int):
+            return torch.full((1,), self.past, dtype=torch.int64, device=device)
+        return self.past.to(device)
+
+    def bias(self, tokens: int, device: torch.device) -> Tensor | None:
         """(1 or rows, heads, tokens, longest): T5's bias of the prefix's slots; made once per forward."""
         if self.distances is not None and self._bias is None:
             bias = self.distances.compute_bias(  # type: ignore[operator]
-                tokens, self.longest, device=self.past.device, past_seen_tokens=self.longest + self.past
+                tokens, self.longest, device=device, past_seen_tokens=self.longest + self.past
             )
             if self.rows.lengths is not None:  # slot j of a shorter prefix is as far away as a later one of the longest
-                slot = torch.arange(self.longest, device=self.past.device) + (self.longest - self.rows.lengths[:, None])
+                slot = torch.arange(self.longest, device=device) + (self.longest - self.rows.lengths[:, None])
                 index = slot.clamp(max=self.longest - 1)[:, None, None, :].expand(-1, *bias.shape[1:])
                 bias = bias.expand(index.shape[0], -1, -1, -1).gather(3, index)
             self._bias = bias
@@ -124,10 +136,7 @@ class PrefixCall:
         FAMILIES[model_type(self.base)].positions(self.base, kwargs, rows.shift, past, inputs)
         if isinstance(past, int):
             self._fit_positions(kwargs, rows, past + inputs.shape[1])
-        if isinstance(past, Tensor):
-            seen = past.reshape(1).clone()  # a static cache counts in place
-        else:  # filled on the device: a copy from the host would be waited for at every token
-            seen = torch.full((1,), past, dtype=torch.int64, device=inputs.device)
+        seen = past.reshape(1).clone() if isinstance(past, Tensor) else past  # a static cache counts in place
         kwargs[KEYWORD] = Prefix(self.layer, rows, self.longest, seen, self._distances)
         return kwargs
 
