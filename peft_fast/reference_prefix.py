@@ -8,9 +8,9 @@ The prefix is neither concatenated to k and v nor expanded over the batch: rows 
 source gives a softmax of its own and the log of its sum; the two merge by those logs. The backward of a source needs
 nothing from the other but the merged ``out`` and ``lse``: P = exp(scores - lse), dS = P * (dout @ V.T - dout . out).
 
-On a CPU the sources are torch's flash attention; what that cannot express (dropout, softcap, other devices) is written
-out in ``reference_prefix_scores``. Li & Liang 2021, arXiv:2101.00190; Juravsky et al. 2024,
-arXiv:2402.05099 (shared prefixes).
+The sources are torch's flash attention (``reference_prefix_calls``): on a CPU, and as "flash" on a GPU. What that
+cannot express (dropout, softcap; on a GPU masks too) is written out in ``reference_prefix_scores``. Li & Liang 2021,
+arXiv:2101.00190; Juravsky et al. 2024, arXiv:2402.05099 (shared prefixes).
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference_prefix_calls import CPU_CALLS, FlashCalls, beyond_flash, calls_for
 from .reference_prefix_scores import (
     MASKED,
     NOTHING,
@@ -31,10 +32,12 @@ from .reference_prefix_scores import (
     visible_keys,
 )
 
-__all__ = ["prefix_attention_bwd", "prefix_attention_fwd", "score_dtype"]
+__all__ = [
+    "Options", "beyond_flash", "flash_attention_bwd", "flash_attention_fwd", "prefix_attention_bwd",
+    "prefix_attention_fwd", "score_dtype",
+]  # fmt: skip
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_flash_bwd = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def prefix_attention_fwd(
@@ -42,16 +45,72 @@ def prefix_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """Return out (B, L, Hq, D) in q's dtype and lse (B, Hq, L) fp32 (fp64 for fp64), both contiguous."""
     call = Options(*options)
-    if not _takes_flash(q, call):
-        return explicit_fwd(q, k, v, prefix_k, prefix_v, call)
+    if q.is_cpu and not beyond_flash(q, k, call):
+        return _flash_fwd(q, k, v, prefix_k, prefix_v, call, CPU_CALLS)
+    return explicit_fwd(q, k, v, prefix_k, prefix_v, call)
+
+
+def prefix_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
+    *rest: Any,
+) -> Gradients:  # fmt: skip
+    """Return (dq, dk, dv, dprefix_k, dprefix_v); what ``needs`` [q, k, v, prefix] does not ask for is an empty (0,).
+
+    dq, dk and dv are (B, heads, length, D) views of contiguous (B, length, heads, D), as their projections want them.
+    """
+    *options, needs = rest
+    call = Options(*options)
+    if q.is_cpu and not beyond_flash(q, k, call):
+        return _flash_bwd(dout, q, k, v, prefix_k, prefix_v, out, lse, call, needs, CPU_CALLS)
+    return _needed(explicit_bwd(dout, q, k, v, prefix_k, prefix_v, call), needs)
+
+
+def flash_attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """The same by the flash attention of q's device. Raises: ValueError on a call beyond it."""
+    return _flash_fwd(q, k, v, prefix_k, prefix_v, _within_flash(q, k, Options(*options)), calls_for(q.device))
+
+
+def flash_attention_bwd(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
+    *rest: Any,
+) -> Gradients:  # fmt: skip
+    """As ``flash_attention_fwd``; out and lse may come from any implementation."""
+    *options, needs = rest
+    call = _within_flash(q, k, Options(*options))
+    return _flash_bwd(dout, q, k, v, prefix_k, prefix_v, out, lse, call, needs, calls_for(q.device))
+
+
+def _within_flash(q: Tensor, k: Tensor, call: Options) -> Options:
+    if beyond := beyond_flash(q, k, call):
+        raise ValueError(
+            f"prefix_attention: implementation 'flash' cannot express {beyond} on {q.device}: leave the argument "
+            "implementation= (or PEFT_FAST_PREFIX) at 'auto'"
+        )
+    return call
+
+
+def _needed(gradients: Gradients, needs: list[bool]) -> Gradients:
+    need_q, need_k, need_v, need_prefix = needs
+    wanted = (need_q, need_k, need_v, need_prefix, need_prefix)
+    dq, dk, dv, dpk, dpv = (
+        gradient if need else gradient.new_empty(0) for gradient, need in zip(gradients, wanted, strict=True)
+    )
+    return dq, dk, dv, dpk, dpv
+
+
+def _flash_fwd(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, call: Options, flash: FlashCalls
+) -> tuple[Tensor, Tensor]:
     groups, complete = groups_of(call, prefix_k.shape[0])
     sources = []
     seen = visible_keys(q, k.shape[2], call)
     if seen.first < seen.last:
         keys, values = k[:, :, seen.first : seen.last], v[:, :, seen.first : seen.last]
-        sources.append(_own_fwd(q, keys, values, seen, call.scale))
+        sources.append(_own_fwd(q, keys, values, seen, call.scale, flash))
     if groups:
-        sources.append(_prefix_fwd(q, prefix_k, prefix_v, groups, call))
+        sources.append(_prefix_fwd(q, prefix_k, prefix_v, groups, call, flash))
     if not sources:
         sources.append(_no_source(q))
     out, lse = sources[0] if len(sources) == 1 else _merged(*sources[0], *sources[1])
@@ -62,33 +121,6 @@ def prefix_attention_fwd(
         blind = lse < NOTHING
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, float("-inf"))
     return out.to(q.dtype).contiguous(), lse.transpose(1, 2).contiguous()
-
-
-def prefix_attention_bwd(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return (dq, dk, dv, dprefix_k, dprefix_v); what ``needs`` [q, k, v, prefix] does not ask for is an empty (0,).
-
-    dq, dk and dv are (B, heads, length, D) views of contiguous (B, length, heads, D), as their projections want them.
-    """
-    *options, needs = rest
-    call = Options(*options)
-    if _takes_flash(q, call):
-        dq, dk, dv, dpk, dpv = _flash_path_bwd(dout, q, k, v, prefix_k, prefix_v, out, lse, call, needs)
-    else:
-        dq, dk, dv, dpk, dpv = explicit_bwd(dout, q, k, v, prefix_k, prefix_v, call)
-    need_q, need_k, need_v, need_prefix = needs
-
-    def given(gradient: Tensor, needed: bool) -> Tensor:
-        return gradient if needed else q.new_empty(0)
-
-    dprefix = given(dpk, need_prefix), given(dpv, need_prefix)
-    return given(dq, need_q), given(dk, need_k), given(dv, need_v), *dprefix
-
-
-def _takes_flash(q: Tensor, call: Options) -> bool:
-    return q.is_cpu and call.p == 0 and call.softcap == 0 and q.numel() > 0
 
 
 def _every_query_sees(q: Tensor, k: Tensor, complete: bool, call: Options) -> bool:
@@ -118,26 +150,27 @@ def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple
     return out, torch.logaddexp(lse, other_lse)
 
 
-def _own_fwd(q: Tensor, k: Tensor, v: Tensor, seen: Visible, scale: float) -> tuple[Tensor, Tensor]:
+def _own_fwd(q: Tensor, k: Tensor, v: Tensor, seen: Visible, scale: float, flash: FlashCalls) -> tuple[Tensor, Tensor]:
     """The ordinary keys alone: out (B, L, H, D) and its log of sums (B, L, H)."""
     (B, H, L, D), heads, mask = q.shape, k.shape[1], seen.mask
-    q, k, v = (_wide(t) if q.dtype == torch.float16 else t for t in (q, k, v))
+    if flash.wide and q.dtype == torch.float16:
+        q, k, v = (_wide(t) for t in (q, k, v))
     if L == 1 and heads < H:
         # the query heads that share a key head become its queries, and its keys are read once for all of them
         q = q.reshape(B, heads, -1, D)
         if mask is not None and mask.shape[1] > 1:
             mask = mask.reshape(mask.shape[0], heads, -1, mask.shape[-1])
-    out, lse = _flash(q, k, v, 0.0, seen.is_causal, attn_mask=mask, scale=scale)
+    out, lse = flash.forward(q, k, v, seen.is_causal, mask, scale)
     if L == 1:
         return out.reshape(B, 1, H, D), lse.reshape(B, 1, H)
     return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _prefix_fwd(
-    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, groups: tuple[Group, ...], call: Options
+    q: Tensor, prefix_k: Tensor, prefix_v: Tensor, groups: tuple[Group, ...], call: Options, flash: FlashCalls
 ) -> tuple[Tensor, Tensor]:
     """The prefix alone: out (B, L, H, D) and its log of sums (B, L, H); a row without one gets _no_source's."""
-    if q.dtype == torch.float16:
+    if flash.wide and q.dtype == torch.float16:
         q, prefix_k, prefix_v = _wide(q), _wide(prefix_k), _wide(prefix_v)
     L, H, D = q.shape[2], q.shape[1], q.shape[3]
     queries = q.transpose(1, 2)
@@ -146,7 +179,9 @@ def _prefix_fwd(
     for group in groups:
         slots, mask = _visible_slots(q, group, call)
         rows = _folded(queries[group.rows])
-        out, lse = _flash(rows, _source(prefix_k, slots), _source(prefix_v, slots), attn_mask=mask, scale=call.scale)
+        out, lse = flash.forward(
+            rows, _source(prefix_k, slots), _source(prefix_v, slots), False, mask, call.scale
+        )  # fmt: skip
         out, lse = out.transpose(1, 2).view(-1, L, H, D), lse.transpose(1, 2).view(-1, L, H)
         if whole:
             return out, lse
@@ -155,22 +190,18 @@ def _prefix_fwd(
 
 
 def _wide(x: Tensor) -> Tensor:
-    """x in fp32 if it is fp16 or bf16, and x itself otherwise.
-
-    torch's flash attention is several times slower in fp16 than in fp32 on a CPU, and its backward slower in both; that
-    backward also adds up the gradients of keys and values in their own dtype, block of queries by block of queries.
-    """
+    """x in fp32 if it is fp16 or bf16, and x itself otherwise."""
     return x.float() if x.element_size() == 2 else x
 
 
-def _folded(x: Tensor) -> Tensor:
-    """(n, L, H, D) as one sequence, (1, H, n * L, D): a view where x is contiguous or L is 1."""
-    return x.reshape(1, -1, *x.shape[2:]).transpose(1, 2)
+def _folded(x: Tensor, parts: int = 1) -> Tensor:
+    """(n, L, H, D) as one sequence, (1, H, n * L, D), or several: a view where x is contiguous or L is 1."""
+    return x.reshape(parts, -1, *x.shape[2:]).transpose(1, 2)
 
 
-def _source(prefix: Tensor, slots: slice) -> Tensor:
-    """Slots of a prefix (T, H, D) as keys or values (1, H, length, D), a view."""
-    return prefix[slots].transpose(0, 1)[None]
+def _source(prefix: Tensor, slots: slice, parts: int = 1) -> Tensor:
+    """Slots of a prefix (T, H, D) as keys or values (parts, H, length, D), a view."""
+    return prefix[slots].transpose(0, 1)[None].expand(parts, -1, -1, -1)
 
 
 def _visible_slots(q: Tensor, group: Group, call: Options) -> tuple[slice, Tensor | None]:
@@ -196,35 +227,36 @@ def _visible_slots(q: Tensor, group: Group, call: Options) -> tuple[slice, Tenso
     return slice(start + first, start + length), mask
 
 
-def _flash_path_bwd(
+def _flash_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
-    call: Options, needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    call: Options, needs: list[bool], flash: FlashCalls,
+) -> Gradients:  # fmt: skip
     need_q, need_k, need_v, need_prefix = needs
     dq = dk = dv = None
     dtype = q.dtype
     lse = lse.masked_fill(lse == float("-inf"), 0.0)  # exp(MASKED - 0) is 0: no gradient from queries that see nothing
-    dout, q, k, v, prefix_k, prefix_v, out = (_wide(t) for t in (dout, q, k, v, prefix_k, prefix_v, out))
+    if flash.wide:
+        dout, q, k, v, prefix_k, prefix_v, out = (_wide(t) for t in (dout, q, k, v, prefix_k, prefix_v, out))
     seen = visible_keys(q, k.shape[2], call)
     if (need_q or need_k or need_v) and seen.first < seen.last:
         keys, values = k[:, :, seen.first : seen.last], v[:, :, seen.first : seen.last]
-        dq, dk, dv = _flash_bwd(
-            dout.transpose(1, 2), q, keys, values, out.transpose(1, 2), lse, 0.0, seen.is_causal,
-            attn_mask=seen.mask, scale=call.scale,
+        dq, dk, dv = flash.backward(
+            dout.transpose(1, 2), q, keys, values, out.transpose(1, 2), lse, seen.is_causal, seen.mask, call.scale
         )  # fmt: skip
     dq, dk, dv = _filled(dq, q, 0), _filled(dk, k, seen.first), _filled(dv, v, seen.first)
     groups, _ = groups_of(call, prefix_k.shape[0])
     if (need_q or need_prefix) and groups:
-        dpk, dpv = _prefix_bwd(dq.transpose(1, 2), dout, q, prefix_k, prefix_v, out, lse, groups, call)
+        dpk, dpv = _prefix_bwd(dq.transpose(1, 2), dout, q, prefix_k, prefix_v, out, lse, groups, call, flash)
     else:
         dpk, dpv = (t.new_zeros(t.shape) for t in (prefix_k, prefix_v))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype), dpk.to(dtype), dpv.to(dtype)
+    return _needed((dq.to(dtype), dk.to(dtype), dv.to(dtype), dpk.to(dtype), dpv.to(dtype)), needs)
 
 
 def _filled(part: Tensor | None, whole: Tensor, first: int) -> Tensor:
-    """The gradient of ``whole`` (B, H, S, D) from that of its positions from ``first`` on; zeros for the others."""
+    """The gradient of ``whole`` (B, H, S, D) from that of its positions from ``first`` on; zeros for the others.
+    A view of a contiguous (B, S, H, D)."""
     if part is not None and part.shape == whole.shape:
-        return part
+        return part.transpose(1, 2).contiguous().transpose(1, 2)
     full = whole.new_zeros(whole.transpose(1, 2).shape).transpose(1, 2)
     if part is not None:
         full[:, :, first : first + part.shape[2]] = part
@@ -233,7 +265,7 @@ def _filled(part: Tensor | None, whole: Tensor, first: int) -> Tensor:
 
 def _prefix_bwd(
     dq: Tensor, dout: Tensor, q: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
-    groups: tuple[Group, ...], call: Options,
+    groups: tuple[Group, ...], call: Options, flash: FlashCalls,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Add the prefix's part to dq (B, L, H, D); return the gradients of the prefix's keys and values."""
     L = q.shape[2]
@@ -242,11 +274,19 @@ def _prefix_bwd(
     for group in groups:
         slots, mask = _visible_slots(q, group, call)
         rows = group.rows
-        parts = _flash_bwd(
-            _folded(dout[rows]), _folded(queries[rows]), _source(prefix_k, slots), _source(prefix_v, slots),
-            _folded(out[rows]), _folded(lse[rows][..., None])[..., 0], 0.0, False, attn_mask=mask, scale=call.scale,
+        n = _parts(q[rows].shape[0], q.shape[1], slots.stop - slots.start, flash) if mask is None else 1
+        parts = flash.backward(
+            _folded(dout[rows], n), _folded(queries[rows], n), _source(prefix_k, slots, n), _source(prefix_v, slots, n),
+            _folded(out[rows], n), _folded(lse[rows][..., None], n)[..., 0], False, mask, call.scale,
         )  # fmt: skip
-        dq[rows] += parts[0].transpose(1, 2).view(-1, L, *dq.shape[2:])
-        total_k[slots] += parts[1][0].transpose(0, 1)
-        total_v[slots] += parts[2][0].transpose(0, 1)
+        dq[rows] += parts[0].transpose(1, 2).reshape(-1, L, *dq.shape[2:])
+        total_k[slots] += parts[1].sum(0, dtype=lse.dtype).transpose(0, 1)
+        total_v[slots] += parts[2].sum(0, dtype=lse.dtype).transpose(0, 1)
     return total_k, total_v
+
+
+def _parts(rows: int, heads: int, slots: int, flash: FlashCalls) -> int:
+    """Into how many sequences the rows of a prefix are folded: the backward gives a program some 64 keys of one head
+    and sequence, and of a single sequence there would be few, each with the queries of all rows to go through."""
+    programs = heads * -(-slots // 64)
+    return next((n for n in range(1, rows) if rows % n == 0 and n * programs >= flash.programs), rows)

@@ -5,8 +5,9 @@
     s = [q @ Kp.T | q @ k.T] * scale, capped, masked    lse = log(sum(exp(s)))    p = exp(s - lse)    out = p @ [Vp; v]
     dP = dout @ [Vp; v].T    dS = p * (dP - sum(p * dP))
 
-Everything is in fp32 (fp64 for fp64); only scores of prefix and keys lie side by side, never keys or values. What the
-arguments mean is in ``ops.functional.prefix_attention``; which rows use which slots is read on the host.
+Everything is in fp32 (fp64 for fp64); only scores of prefix and keys lie side by side, never keys or values. Rows that
+differ in their slots get copies of them. What the arguments mean is in ``ops.functional.prefix_attention``; on a GPU
+nothing is read on the host.
 """
 
 import functools
@@ -134,15 +135,11 @@ def explicit_fwd(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, call: Options
 ) -> tuple[Tensor, Tensor]:
     """``reference_prefix.prefix_attention_fwd``."""
-    groups, _ = groups_of(call, prefix_k.shape[0])
-    scores, _ = _scores(q, k, prefix_k, groups, call)
+    scores, _ = _scores(q, k, prefix_k, call)
     p, lse = _softmax(scores, call.sinks)
-    p = _dropped(p, call)
-    prefix_p, own_p = p[..., : call.max_length], p[..., call.max_length :]
-    out = torch.einsum("bhgls,bhsd->bhgld", own_p, v.to(p.dtype))
-    for rows, start, length in groups:
-        values = prefix_v[start : start + length].to(p.dtype)
-        out[rows] += torch.einsum("bhglp,phd->bhgld", prefix_p[rows][..., :length], values)
+    p, C = _dropped(p, call), call.max_length
+    out = torch.einsum("bhgls,bhsd->bhgld", p[..., C:], v.to(p.dtype))
+    out += torch.einsum("bhglp,bhpd->bhgld", p[..., :C], _slots_of_rows(prefix_v, call, p.dtype))
     return out.flatten(1, 2).transpose(1, 2).to(q.dtype).contiguous(), lse.flatten(1, 2)
 
 
@@ -150,32 +147,56 @@ def explicit_bwd(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, call: Options
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """All five gradients. out and lse are not used: they are rounded, and what they say follows from the scores."""
-    groups, _ = groups_of(call, prefix_k.shape[0])
-    scores, slope = _scores(q, k, prefix_k, groups, call)
+    scores, slope = _scores(q, k, prefix_k, call)
     (keys, values), C = (t.to(scores.dtype) for t in (k, v)), call.max_length
+    slot_keys, slot_values = (_slots_of_rows(t, call, scores.dtype) for t in (prefix_k, prefix_v))
     queries, dout5 = (_by_group(t.to(scores.dtype), k) for t in (q, dout.transpose(1, 2)))
     p, _ = _softmax(scores, call.sinks)
     dropped = _dropped(p, call)
-    dp = torch.zeros_like(p)
+    dp = torch.empty_like(p)
+    dp[..., :C] = torch.einsum("bhgld,bhpd->bhglp", dout5, slot_values)
     dp[..., C:] = torch.einsum("bhgld,bhsd->bhgls", dout5, values)
     dv = torch.einsum("bhgls,bhgld->bhsd", dropped[..., C:], dout5)
-    dpk, dpv = (torch.zeros(t.shape, dtype=p.dtype, device=t.device) for t in (prefix_k, prefix_v))
-    for rows, start, length in groups:
-        slots = slice(start, start + length)
-        dp[rows, ..., :length] = torch.einsum("bhgld,phd->bhglp", dout5[rows], prefix_v[slots].to(p.dtype))
-        dpv[slots] += torch.einsum("bhglp,bhgld->phd", dropped[rows][..., :length], dout5[rows])
+    dpv = _summed_over_rows(dropped[..., :C], dout5, prefix_v, call)
     dp = _dropped(dp, call)
     ds = p.mul_(dp.sub_((p * dp).sum(-1, keepdim=True))).mul_(call.scale)
     if slope is not None:
         ds.mul_(slope)
     dq = torch.einsum("bhgls,bhsd->bhgld", ds[..., C:], keys)
+    dq += torch.einsum("bhglp,bhpd->bhgld", ds[..., :C], slot_keys)
     dk = torch.einsum("bhgls,bhgld->bhsd", ds[..., C:], queries)
-    for rows, start, length in groups:
-        slots = slice(start, start + length)
-        dq[rows] += torch.einsum("bhglp,phd->bhgld", ds[rows][..., :length], prefix_k[slots].to(p.dtype))
-        dpk[slots] += torch.einsum("bhglp,bhgld->phd", ds[rows][..., :length], queries[rows])
+    dpk = _summed_over_rows(ds[..., :C], queries, prefix_k, call)
     dq, dk, dv = (t.transpose(1, 2).to(q.dtype).contiguous().transpose(1, 2) for t in (dq.flatten(1, 2), dk, dv))
-    return dq, dk, dv, dpk.to(prefix_k.dtype), dpv.to(prefix_v.dtype)
+    return dq, dk, dv, dpk, dpv
+
+
+def _slot_numbers(call: Options, T: int) -> tuple[Tensor, Tensor]:
+    """(B, max_length) each: the slots of every row among the T of the table, and which of them are its own."""
+    starts, lengths = call.starts, call.lengths
+    if starts is None or lengths is None:
+        raise ValueError("prefix_attention: starts and lengths go together, one of them is None")
+    offsets = torch.arange(call.max_length, device=starts.device)
+    return (starts.long()[:, None] + offsets).clamp(max=T - 1), offsets < lengths[:, None]
+
+
+def _slots_of_rows(prefix: Tensor, call: Options, dtype: torch.dtype) -> Tensor:
+    """The slots (T, Hkv, D) by row: (1, Hkv, T, D) if all rows use all, else (B, Hkv, max_length, D), 0 beyond a
+    row's own: what stands there is another prefix's, and 0 times its infinity would be no 0."""
+    if call.starts is None:
+        return prefix.to(dtype).transpose(0, 1)[None]
+    numbers, real = _slot_numbers(call, prefix.shape[0])
+    return prefix.to(dtype)[numbers].masked_fill(~real[..., None, None], 0.0).transpose(1, 2)
+
+
+def _summed_over_rows(weights: Tensor, x: Tensor, prefix: Tensor, call: Options) -> Tensor:
+    """A gradient of the slots, in their dtype and shape: weights (B, Hkv, g, L, max_length), 0 beyond a row's own,
+    times x (B, Hkv, g, L, D)."""
+    if call.starts is None:
+        return torch.einsum("bhglp,bhgld->phd", weights, x).to(prefix.dtype).contiguous()
+    numbers, _ = _slot_numbers(call, prefix.shape[0])
+    total = torch.zeros(prefix.shape, dtype=x.dtype, device=x.device)
+    by_row = torch.einsum("bhglp,bhgld->bphd", weights, x)
+    return total.index_put_((numbers,), by_row, accumulate=True).to(prefix.dtype)
 
 
 def _by_group(x: Tensor, k: Tensor) -> Tensor:
@@ -183,17 +204,15 @@ def _by_group(x: Tensor, k: Tensor) -> Tensor:
     return x.reshape(x.shape[0], k.shape[1], x.shape[1] // k.shape[1], *x.shape[2:])
 
 
-def _scores(
-    q: Tensor, k: Tensor, prefix_k: Tensor, groups: tuple[Group, ...], call: Options
-) -> tuple[Tensor, Tensor | None]:
+def _scores(q: Tensor, k: Tensor, prefix_k: Tensor, call: Options) -> tuple[Tensor, Tensor | None]:
     """Scores (B, Hkv, g, L, max_length + S), -inf where masked, and with softcap their derivative by the product."""
     C, dtype = call.max_length, score_dtype(q)
+    if q.is_cpu:
+        groups_of(call, prefix_k.shape[0])  # refuses rows whose slots are not there
     queries = _by_group(q.to(dtype), k)
-    scores = queries.new_zeros((*queries.shape[:-1], C + k.shape[2]))
+    scores = queries.new_empty((*queries.shape[:-1], C + k.shape[2]))
+    scores[..., :C] = torch.einsum("bhgld,bhpd->bhglp", queries, _slots_of_rows(prefix_k, call, dtype))
     scores[..., C:] = torch.einsum("bhgld,bhsd->bhgls", queries, k.to(dtype))
-    for rows, start, length in groups:
-        keys = prefix_k[start : start + length].to(dtype)
-        scores[rows, ..., :length] = torch.einsum("bhgld,phd->bhglp", queries[rows], keys)
     scores.mul_(call.scale)
     slope = None
     if call.softcap > 0:
@@ -237,8 +256,7 @@ def _softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
 def _hidden_slots(q: Tensor, call: Options) -> Tensor:
     """Which of the max_length slots a query does not see: past its row's prefix, or slid out of the window."""
     slots = torch.arange(call.max_length, device=q.device)
-    lengths = slots.new_tensor([call.max_length]) if call.lengths is None else call.lengths
-    lengths = lengths.view(-1, 1, 1, 1)
+    lengths: Tensor | int = call.max_length if call.lengths is None else call.lengths.view(-1, 1, 1, 1)
     hidden = slots >= lengths
     if call.window is not None:
         past = 0 if call.past is None else call.past

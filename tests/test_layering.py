@@ -23,8 +23,8 @@ LAYERS = (
     ("ops.functional", "ops.prefix_functional", "ops.quantized_functional"),
     ("quant",),
     ("ops",),
-    ("reference", "reference_dropout", "reference_mixed", "reference_prefix", "reference_prefix_scores",
-     "reference_quant", "cpu"),
+    ("reference", "reference_dropout", "reference_mixed", "reference_prefix", "reference_prefix_calls",
+     "reference_prefix_scores", "reference_quant", "cpu"),
 )  # fmt: skip
 LEVEL = {name: len(LAYERS) - i for i, names in enumerate(LAYERS) for name in names}
 THIRD_PARTY = {

@@ -172,11 +172,11 @@ def test_choice(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
-    monkeypatch.setattr(choice, "_is_checked", lambda device: False)
-    assert choice.choose_prefix(gpu, torch.bfloat16, 64).name == "torch"
-    with pytest.raises(RuntimeError, match=r"8\.0, 9\.0 and 10\.0 and gfx942 only"):
-        choice.choose_prefix(gpu, torch.bfloat16, 64, "kernel")
-    monkeypatch.setattr(choice, "_is_checked", lambda device: True)
+    monkeypatch.setattr(choice, "triton_failure", lambda device: "")
+    chip = types.SimpleNamespace(shared_memory_per_block_optin=100 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
+    monkeypatch.setattr(choice, "flash_fails", lambda device, dtype, D: "no flash")
+    choice.forget()
     assert choice.choose_prefix(cpu, torch.float32, 64) == ("torch", "cpu tensors take plain torch")
     assert choice.choose_prefix(gpu, torch.bfloat16, 256).name == "kernel"
     assert choice.choose_prefix(gpu, torch.bfloat16, 257).name == "torch"
@@ -196,21 +196,8 @@ def test_choice(monkeypatch):
         choice.choose_prefix(cpu, torch.float32, 64)
     monkeypatch.delenv("PEFT_FAST_PREFIX")
     monkeypatch.setattr(choice, "has_triton", lambda: False)
-    assert choice.choose_prefix(gpu, torch.bfloat16, 64) == ("torch", "triton is not installed")
+    choice.forget()
+    reason = "a matrix of scores; not 'kernel': triton is not installed; not 'flash': no flash"
+    assert choice.choose_prefix(gpu, torch.bfloat16, 64) == ("torch", reason)
     assert any(f"{row}".startswith("prefix_attention cpu, bf16, heads of 128") for row in choice.describe())
-
-
-def test_where_kernels_are_offered(monkeypatch):
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(choice, "has_triton", lambda: True)
-    monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
-    monkeypatch.setattr(torch.version, "hip", None)
-    for capability in [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)]:
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        name = choice.choose_prefix(gpu, torch.bfloat16, 64).name
-        assert name == ("kernel" if capability in [(8, 0), (9, 0), (10, 0)] else "torch"), capability
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    for arch, name in (("gfx942:sramecc+:xnack-", "kernel"), ("gfx90a", "torch"), ("gfx950", "torch")):
-        chip = types.SimpleNamespace(gcnArchName=arch)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, chip=chip: chip)
-        assert choice.choose_prefix(gpu, torch.bfloat16, 64).name == name, arch
+    choice.forget()

@@ -16,13 +16,14 @@ def register(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     resolve: Callable[..., str],
+    flash: Callable[..., Any] | None = None,
 ) -> torch._ops.OpOverload:
     """Define ``peft_fast::<schema>`` and return its overload.
 
     The schema's first argument is a tensor, its last ``str implementation``. ``resolve`` turns that into the
     implementation of this call when the op runs, not when it is traced, so that one compiled graph serves all sizes:
-    "torch" runs ``reference`` with the other arguments, anything else the launcher. ``kernel`` is "module:function",
-    imported at the first launch, so that ``import peft_fast`` needs no triton.
+    "torch" runs ``reference`` with the other arguments, "flash" likewise ``flash``, anything else the launcher.
+    ``kernel`` is "module:function", imported at the first launch, so that ``import peft_fast`` needs no triton.
     """
     name = schema[: schema.index("(")]
     module, function = kernel.split(":")
@@ -36,6 +37,8 @@ def register(
         implementation = resolve(*args)
         if implementation == "torch":
             return reference(*args[:-1])
+        if implementation == "flash" and flash is not None:
+            return flash(*args[:-1])
         return getattr(importlib.import_module(module), function)(*args[:-1], implementation)
 
     torch.library.define(f"{NAMESPACE}::{name}", schema[len(name) :])

@@ -13,8 +13,11 @@ A batch that mixes adapters ("lora_mixed") takes plain torch on a CPU only: on a
                 safe path on a GPU
     one_launch, split   as above; one_launch for at most ``MIXED_ONE_LAUNCH_MAX_M`` rows
 
-Attention with a learned prefix ("prefix_attention") takes its kernel on every GPU that has one for the call ("kernel"):
-plain torch has no path there that leaves the prefix shared. Its variable is PEFT_FAST_PREFIX.
+Attention with a learned prefix ("prefix_attention"), whose variable is PEFT_FAST_PREFIX:
+
+    kernel      one softmax over prefix and keys: what a GPU takes in inference, and in training where flash cannot
+    flash       torch's flash attention of the prefix and of the keys, merged: what a GPU takes in training
+    torch       what a CPU takes: the same in full generality; on a GPU a matrix of scores, where neither can run
 
 Ops on quantized weights take bitsandbytes' library ("torch") or ours ("kernel"); their variable is PEFT_FAST_QUANT.
 
@@ -37,9 +40,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..reference_prefix_calls import flash_fails
+
 IMPLEMENTATIONS = ("auto", "torch", "addmm", "one_launch", "split", "peft")
 MIXED_IMPLEMENTATIONS = ("auto", "torch", "grouped", "one_launch", "split")
-PREFIX_IMPLEMENTATIONS = ("auto", "torch", "kernel")
+PREFIX_IMPLEMENTATIONS = ("auto", "torch", "kernel", "flash")
 VARIABLE = "PEFT_FAST_LORA"
 PREFIX_VARIABLE = "PEFT_FAST_PREFIX"
 QUANT_IMPLEMENTATIONS = ("auto", "torch", "kernel")
@@ -48,9 +53,8 @@ ONE_LAUNCH_MAX_RANK = 128  # s of a program's rows stays in registers
 ONE_LAUNCH_MAX_MR = 16384  # every program computes s: beyond this, that costs more than a second launch
 MIXED_ONE_LAUNCH_MAX_M = 64  # every program holds all rows of x
 PREFIX_MAX_HEAD_DIM = 256  # a program holds whole rows of q, k and v
-# Other chips may have less shared memory than the kernels of prefix attention need (99 KB on 8.6, 8.9 and 12.0).
-_PREFIX_CAPABILITIES = ((8, 0), (9, 0), (10, 0))
-_PREFIX_CHIPS = "compute capability 8.0, 9.0 and 10.0 and gfx942"
+# What a block of the kernels of prefix attention takes at most on chips without candidates of their own.
+_PREFIX_SHARED_BYTES = 80 * 1024
 _KERNELS = ("addmm", "one_launch", "split", "grouped")
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -172,6 +176,7 @@ def forget() -> None:
     """Look the tables up again, after they have changed."""
     _automatic.cache_clear()
     _automatic_mixed.cache_clear()
+    _automatic_prefix.cache_clear()
     _measured.cache_clear()
     _table.cache_clear()
 
@@ -209,11 +214,17 @@ def _automatic_mixed(device: torch.device, dtype: torch.dtype, M: int, N: int, K
     return Choice("grouped", f"no measured entry for {where}; the vendor's base GEMM")
 
 
-def choose_prefix(device: torch.device, dtype: torch.dtype, D: int, implementation: str | None = None) -> Choice:
+def choose_prefix(
+    device: torch.device, dtype: torch.dtype, D: int, implementation: str | None = None,
+    *, training: bool = False, beyond_flash: str = "",
+) -> Choice:  # fmt: skip
     """Return the implementation of "prefix_attention" for heads of D elements.
 
-    Raises: ValueError on an unknown name, or when "kernel" is forced beyond its bound; RuntimeError when it cannot run
-        on ``device``; TypeError when it has no version for ``dtype``.
+    Args:
+        training: a gradient is wanted.
+        beyond_flash: what the call has that the flash attention of ``device`` cannot express, or "".
+    Raises: ValueError on an unknown name, or when a forced one is beyond its bound; RuntimeError when it cannot run on
+        ``device``; TypeError when it has no version for ``dtype``.
     """
     op = "prefix_attention"
     name = implementation or os.environ.get(PREFIX_VARIABLE) or "auto"
@@ -222,29 +233,60 @@ def choose_prefix(device: torch.device, dtype: torch.dtype, D: int, implementati
     if name == "auto":
         if device.type != "cuda":
             return Choice("torch", f"{device.type} tensors take plain torch")
-        if dtype not in _KERNEL_DTYPES:
-            return Choice("torch", f"no kernels for {_name(dtype)}")
-        if not has_triton():
-            return Choice("torch", "triton is not installed")
-        if D > PREFIX_MAX_HEAD_DIM:
-            return Choice("torch", f"no kernels for heads of {D} elements, only up to {PREFIX_MAX_HEAD_DIM}")
-        if not _is_checked(device):
-            return Choice("torch", f"kernels are checked for {_PREFIX_CHIPS} only, and this is {_gpu(device)}")
-        return Choice("kernel", "reads a prefix once for all rows that share it")
+        choice = _automatic_prefix(device, dtype, D, training, beyond_flash, "")
+        if choice.name == "kernel" and (failure := triton_failure(device)):
+            return _automatic_prefix(device, dtype, D, training, beyond_flash, failure)
+        return choice
+    instead = f"leave the argument implementation= (or {PREFIX_VARIABLE}) at 'auto', or force 'torch'"
+    if name == "flash":
+        fails = beyond_flash or (flash_fails(device, dtype, D) if device.type == "cuda" else "")
+        if fails:
+            raise ValueError(f"{op}: implementation 'flash' cannot run on {device}: {fails}: {instead}")
     if name == "kernel":
         _check_runs(op, name, PREFIX_VARIABLE, ", or force 'torch'", device, dtype)
-        if device.type == "cuda" and not _is_checked(device):
-            raise RuntimeError(
-                f"{op}: implementation 'kernel' is checked for {_PREFIX_CHIPS} only (others may have too little shared "
-                f"memory), and {device} is a {_gpu(device)}: leave the argument implementation= (or {PREFIX_VARIABLE}) "
-                "at 'auto', or force 'torch'"
-            )
         if D > PREFIX_MAX_HEAD_DIM:
             raise ValueError(
                 f"{op}: implementation 'kernel' is for heads of at most {PREFIX_MAX_HEAD_DIM} elements, got {D}: "
-                f"leave the argument implementation= (or {PREFIX_VARIABLE}) at 'auto', or force 'torch'"
+                f"{instead}"
             )
+        if device.type == "cuda" and (fails := _kernel_fails(device, dtype, D)):
+            raise RuntimeError(f"{op}: implementation 'kernel' cannot run on {device}: {fails}: {instead}")
     return Choice(name, "forced by the argument" if implementation else f"forced by {PREFIX_VARIABLE}")
+
+
+@functools.lru_cache(maxsize=256)
+def _automatic_prefix(
+    device: torch.device, dtype: torch.dtype, D: int, training: bool, beyond_flash: str, triton_fails: str
+) -> Choice:
+    """What "auto" means on a GPU."""
+    no_flash = beyond_flash or flash_fails(device, dtype, D)
+    if training and not no_flash:
+        return Choice("flash", "the vendor's attention of the prefix and of the keys, merged")
+    no_kernel = triton_fails or _kernel_fails(device, dtype, D)
+    if not no_kernel:
+        why = f"; not 'flash': {no_flash}" if training else ""
+        return Choice("kernel", f"reads a prefix once for all rows that share it{why}")
+    if not no_flash:
+        return Choice("flash", f"not 'kernel': {no_kernel}")
+    return Choice("torch", f"a matrix of scores; not 'kernel': {no_kernel}; not 'flash': {no_flash}")
+
+
+def _kernel_fails(device: torch.device, dtype: torch.dtype, D: int) -> str:
+    """Why the kernels of prefix attention do not run on a GPU, Triton's own failures aside, or ""."""
+    if dtype not in _KERNEL_DTYPES:
+        return f"no kernels for {_name(dtype)}"
+    if not has_triton():
+        return "triton is not installed"
+    if D > PREFIX_MAX_HEAD_DIM:
+        return f"no kernels for heads of {D} elements, only up to {PREFIX_MAX_HEAD_DIM}"
+    chip: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        known = chip.gcnArchName.split(":")[0] == "gfx942"
+        return "" if known else f"kernels are checked for gfx942 only, and this is {_gpu(device)}"
+    has = chip.shared_memory_per_block_optin
+    if has < _PREFIX_SHARED_BYTES:
+        return f"kernels need {_PREFIX_SHARED_BYTES} bytes of shared memory in a block, and {_gpu(device)} has {has}"
+    return ""
 
 
 def choose_quantized(
@@ -274,13 +316,6 @@ def choose_quantized(
     return Choice("torch", f"no measured entry for {where}; bitsandbytes' library")
 
 
-def _is_checked(device: torch.device) -> bool:
-    """Whether the kernels of prefix attention were compiled ahead of time for this GPU."""
-    if torch.version.hip:
-        return bool(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0] == "gfx942")
-    return torch.cuda.get_device_capability(device) in _PREFIX_CAPABILITIES
-
-
 def describe() -> list[Situation]:
     """What ``choose`` answers in typical situations on this machine's devices, for ``peft-fast info``."""
     devices = [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -300,11 +335,12 @@ def describe() -> list[Situation]:
             except (RuntimeError, ValueError, TypeError) as error:
                 choice = Choice("an error", str(error))
             rows.append(Situation(op, f"{where}, 4096x4096 bf16 r16, {what}", *choice))
-        try:
-            choice = choose_prefix(device, torch.bfloat16, 128)
-        except (RuntimeError, ValueError, TypeError) as error:
-            choice = Choice("an error", str(error))
-        rows.append(Situation("prefix_attention", f"{where}, bf16, heads of 128", *choice))
+        for what, training in (("", False), (", training", True)):
+            try:
+                choice = choose_prefix(device, torch.bfloat16, 128, training=training)
+            except (RuntimeError, ValueError, TypeError) as error:
+                choice = Choice("an error", str(error))
+            rows.append(Situation("prefix_attention", f"{where}, bf16, heads of 128{what}", *choice))
         try:
             choice = choose_quantized("lora_linear_4bit", device, torch.bfloat16, 1, 4096, 4096, 16)
         except (RuntimeError, ValueError, TypeError) as error:

@@ -1,5 +1,6 @@
 """prefix_attention: registration and gradient. Math in ``reference_prefix`` and csrc_triton/prefix/attention.py."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,12 +33,26 @@ def _bwd_fake(
     return *own, *(t.new_empty(t.shape if need_prefix else (0,)) for t in (prefix_k, prefix_v))
 
 
-def _fwd_resolve(q: Tensor, *rest: Any) -> str:
-    return choose_prefix(q.device, q.dtype, q.shape[-1], rest[-1]).name
+# What ``implementation`` is where nothing is forced and a gradient is wanted; "" or "auto" where none is.
+TRAINING = "training"
 
 
-def _bwd_resolve(dout: Tensor, q: Tensor, *rest: Any) -> str:
-    return choose_prefix(q.device, q.dtype, q.shape[-1], rest[-1]).name
+def _resolve(q: Tensor, k: Tensor, options: Sequence[Any], implementation: str) -> str:
+    training = implementation == TRAINING
+    beyond = reference.beyond_flash(q, k, reference.Options(*options))
+    asked = None if training else implementation
+    return choose_prefix(q.device, q.dtype, q.shape[-1], asked, training=training, beyond_flash=beyond).name
+
+
+def _fwd_resolve(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, *rest: Any) -> str:
+    return _resolve(q, k, rest[:-1], rest[-1])
+
+
+def _bwd_resolve(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, out: Tensor, lse: Tensor,
+    *rest: Any,
+) -> str:  # fmt: skip
+    return _resolve(q, k, rest[:-2], rest[-1])
 
 
 prefix_fwd = register(
@@ -47,6 +62,7 @@ prefix_fwd = register(
     reference=reference.prefix_attention_fwd,
     fake=_fwd_fake,
     resolve=_fwd_resolve,
+    flash=reference.flash_attention_fwd,
 )
 prefix_bwd = register(
     "prefix_attention_bwd(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor out, "
@@ -55,6 +71,7 @@ prefix_bwd = register(
     reference=reference.prefix_attention_bwd,
     fake=_bwd_fake,
     resolve=_bwd_resolve,
+    flash=reference.flash_attention_bwd,
 )
 
 

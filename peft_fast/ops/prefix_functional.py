@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference_prefix as reference
 from .choice import PREFIX_IMPLEMENTATIONS, choose_prefix
-from .prefix_attention import PrefixAttention, prefix_fwd
+from .prefix_attention import TRAINING, PrefixAttention, prefix_fwd
 
 _prefix_attention: Any = PrefixAttention.apply
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,8 +83,9 @@ def prefix_attention(
     if _plain_inference(q, implementation):
         out, lse = reference.prefix_attention_fwd(*args)
     else:
-        run = _prefix_attention if torch.is_grad_enabled() else prefix_fwd
-        out, lse = run(*args, implementation or "")
+        training = torch.is_grad_enabled() and any(t.requires_grad for t in args[:5])
+        run = _prefix_attention if training else prefix_fwd
+        out, lse = run(*args, implementation or (TRAINING if training else ""))
     return out, lse
 
 
