@@ -55,7 +55,7 @@ _SUBMODULES = ("auto", "config", "functional", "helpers", "mapping", "mixed_mode
 _MODULE_OF = {name: module for module, names in _EXPORTS.items() for name in names}
 
 # this library's own, beside PEFT's
-_OWN = {"run_as_peft": "integrations.run_as_peft"}
+_OWN = {"run_as_peft": "integrations.run_as_peft", "tune": "tuning"}
 
 __all__ = [*sorted(_MODULE_OF), *_OWN, "__version__"]
 
@@ -106,6 +106,7 @@ if TYPE_CHECKING:  # "X as X": type checkers take it for a public name
         PromptTuningConfig as PromptTuningConfig,
         PromptTuningInit as PromptTuningInit,
     )
+    from .tuning import tune as tune
     from .utils import (
         PeftType as PeftType,
         TaskType as TaskType,

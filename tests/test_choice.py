@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from csrc_triton import tables
 from peft_fast.ops import choice
 from peft_fast.ops.choice import choose
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROW = {
     "op": "lora_linear", "dtype": "bfloat16", "dropout": False, "M": 64, "N": 512, "K": 256, "R": 16,
-    "implementation": "one_launch", "gpu": "Test GPU", "torch": "2.13.0", "triton": "3.9",
+    "implementation": "one_launch", "gain": 1.5, "arch": "sm_90", "gpu": "Test GPU", "torch": "2.13.0", "triton": "3.9",
     "date": "2026-01-02", "commit": "abc",
 }  # fmt: skip
 
@@ -23,10 +24,10 @@ ROW = {
 def table(monkeypatch):
     """A GPU that is not there, and a table to fill."""
     rows = []
-    monkeypatch.setattr(choice, "_table", lambda: rows)
+    monkeypatch.setattr(tables, "read", lambda path: rows if path.parent == tables.SHIPPED else ())
+    monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
     monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "has_triton", lambda: True)
-    monkeypatch.setattr(choice, "_triton_version", lambda: "3.9")
     monkeypatch.setattr(choice, "triton_failure", lambda device: "")
     forget()
     yield rows
@@ -64,26 +65,44 @@ def test_dropout_on_a_gpu_takes_the_mask_from_a_kernel(table):
         ({"M": 1}, "one_launch"),
         ({"R": 9}, "one_launch"),
         ({"M": 65}, "torch"),
-        ({"R": 17}, "torch"),
-        ({"N": 513}, "torch"),
-        ({"K": 255}, "torch"),
+        ({"R": 32}, "one_launch"),
+        ({"R": 33}, "torch"),
+        ({"N": 1024}, "one_launch"),
+        ({"N": 256}, "one_launch"),
+        ({"N": 1025}, "torch"),
+        ({"K": 127}, "torch"),
         ({"dtype": torch.float16}, "torch"),
         ({"p": 0.1}, "addmm"),
     ],
     ids=str,
 )
-def test_a_measured_row_speaks_for_its_own_key_only(table, change, expected):
+def test_a_measured_row_speaks_for_what_is_near(table, change, expected):
     table.append(ROW)
     result = pick(**change)
     assert result.name == expected
     if expected == "one_launch":
-        assert result.reason == "measured on Test GPU, 2026-01-02, commit abc, for M up to 64"
+        assert result.reason == (
+            "measured on Test GPU with triton 3.9, 2026-01-02, abc, for M up to 64, N near 512, K near 256, R near 16: "
+            "1.50 times as fast as without"
+        )
 
 
-@pytest.mark.parametrize("change", [{"gpu": "Other GPU"}, {"triton": "3.6"}, {"op": "lora_update"}], ids=str)
-def test_a_row_of_another_machine_is_not_used(table, change):
+@pytest.mark.parametrize("change", [{"arch": "sm_80"}, {"gain": 1.09}, {"op": "lora_update"}], ids=str)
+def test_a_row_of_another_architecture_or_little_gain_is_not_used(table, change):
     table.append(ROW | change)
     assert pick().name == "torch"
+
+
+@pytest.mark.parametrize("change", [{"gpu": "Another of its kind"}, {"triton": "3.6"}, {"gain": 1.1}], ids=str)
+def test_a_row_of_another_gpu_of_the_architecture_is_used(table, change):
+    table.append(ROW | change)
+    assert pick().name == "one_launch"
+
+
+def test_a_row_is_not_stretched_beyond_the_bound_of_its_implementation(table):
+    table.append(ROW | {"M": 1024, "R": 16})
+    assert pick(M=1024, R=16).name == "one_launch"
+    assert pick(M=1024, R=32).name == "torch", "M * R <= 16384"
 
 
 def test_the_row_of_the_smallest_sufficient_M_wins(table):
@@ -157,7 +176,7 @@ def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
 
 def test_committed_rows_are_complete():
     tables = Path(choice.importlib.util.find_spec("csrc_triton").origin).parent / "tables"
-    provenance = {"gpu", "torch", "triton", "date", "commit", "M", "N", "K", "R", "dtype"}
+    provenance = {"arch", "gain", "gpu", "torch", "triton", "date", "commit", "M", "N", "K", "R", "dtype"}
     for name, own in (("choice.json", {"op", "dropout", "implementation"}), ("configs.json", {"kernel", "config"})):
         for row in json.loads((tables / name).read_text()):
             assert provenance | own <= set(row), f"{name}: {row}"
@@ -168,7 +187,7 @@ def test_choosing_imports_no_triton():
 import sys
 from peft_fast.ops import choice
 choice.describe()
-print({"triton", "csrc_triton"} & set(sys.modules))
+print({"triton"} & set(sys.modules))
 """
     root = Path(__file__).parents[1]
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)

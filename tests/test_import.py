@@ -45,7 +45,7 @@ def run_python(code: str, **environment: str) -> str:
 
 def test_public_names_are_pefts() -> None:
     assert set(LORA_NAMES) <= set(peft_fast.__all__)
-    assert set(peft_fast.__all__) - {"__version__", "run_as_peft"} <= set(peft.__all__)
+    assert set(peft_fast.__all__) - {"__version__", *peft_fast._OWN} <= set(peft.__all__)
     assert set(peft_fast.__all__) <= set(dir(peft_fast))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from absent_driver import run
 
+from csrc_triton import tables
 from peft_fast.ops import choice
 
 GPU = torch.device("cuda", 0)
@@ -21,9 +22,11 @@ from absent_driver import install
 from triton.runtime import build
 
 install(launcher=lambda source, metadata: build.compile_module_from_src(src="int x;", name="launcher"))
+from csrc_triton import tables
 from peft_fast.ops import choice
 
 choice._gpu = lambda device: "Test GPU"
+tables.gpu_of = lambda device: tables.Gpu("sm_90", "Test GPU")
 gpu = torch.device("cuda", 0)
 probe = choice._triton_failure
 choice._triton_failure = lambda device: probe(torch.device("cpu"))  # there is no memory of a GPU here
@@ -47,14 +50,14 @@ def test_without_a_c_compiler(tmp_path: Path) -> None:
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
+    monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "triton_failure", lambda device: "Triton cannot run kernels on cuda:0 (X: why)")
     choice.forget()
 
 
 def test_a_kernel_that_was_measured_is_not_taken_either(failing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    row = [(1 << 20, choice.Choice("split", "measured"))]
-    monkeypatch.setattr(choice, "_measured", lambda *key: row)
+    monkeypatch.setattr(choice, "_measured", lambda *key: choice.Choice("split", "measured"))
     choice._automatic.cache_clear()
     name, reason = choice.choose("lora_linear", GPU, torch.bfloat16, 64, 64, 64, 8)
     assert name == "torch" and reason.endswith("(X: why)")

@@ -16,18 +16,23 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner runs kernels")
 
-from bench import tune, tune_case, tune_choices, tune_jobs, tune_table
-from bench.tune_case import Case, Setting
+from bench import tune
+from csrc_triton import tables
 from csrc_triton.common import tuning
 from csrc_triton.common.tuning import ALWAYS, Candidate
 from peft_fast.ops import choice
+from peft_fast.tuning import case as tune_case, measure, operators, table as tune_table, work
+from peft_fast.tuning.case import Case, Setting
+from peft_fast.tuning.kernels import Job
+from peft_fast.tuning.table import Provenance
 
 ROOT = Path(__file__).parents[1]
-VERSION = ".".join(tuning.triton.__version__.split(".")[:2])
+VERSION = work.triton_version()
 GPU = torch.device("cuda", 0)
 SIZES = [(1, 32, 48, 16), (16, 32, 48, 16), (64, 32, 48, 16)]
 SETTING = Setting("Test GPU", torch.device("cpu"), torch.float32, "sm_90", 0, 0.0, 1, dry=False)
-PROVENANCE = {"gpu", "torch", "triton", "date", "commit"}
+PROVENANCE = {"arch", "gpu", "torch", "triton", "date", "commit"}
+WHERE = Provenance("sm_90", "Test GPU", torch.__version__, VERSION, "abc")
 
 
 def candidate(n, **options):
@@ -98,31 +103,32 @@ def bench(tmp_path, monkeypatch):
     made = Bench(tmp_path)
     fakes = [candidate(16, default_to=ALWAYS), candidate(32), candidate(64), candidate(128, max_rank=8)]
     monkeypatch.setitem(tuning.CANDIDATES, "fake", fakes)
-    monkeypatch.setattr(tune_jobs, "JOBS", {"fake": tune_jobs.Job(made.kernel_case, SIZES, SIZES[:1])})
-    monkeypatch.setattr(tune_choices, "choices", lambda dry: [])
-    monkeypatch.setattr(tune, "_setting", lambda dry: SETTING)
+    monkeypatch.setattr(work, "jobs", lambda shapes: [Job("fake", made.kernel_case, SIZES)])
+    monkeypatch.setattr(work, "choices_of", lambda shapes: [])
+    monkeypatch.setattr(work.Work, "compile", lambda self, threads, seconds=None: None)
+    monkeypatch.setattr(tune, "_setting", lambda dry: (SETTING, WHERE))
     monkeypatch.setattr(tune, "_cannot_run", lambda args: None)
     monkeypatch.setattr(tune_case, "timings", made.timings)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Test GPU")
+    monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
     monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
-    monkeypatch.setattr(tuning, "TABLE", tuning.TABLE)
     yield made
     monkeypatch.undo()
-    tuning.use_table(tuning.TABLE)
+    work.forget()
 
 
 def looked_up(folder, M, R=16, dtype=torch.float32):
-    tuning.use_table(folder / "configs.json")
-    return tuning._lookup("fake", GPU, dtype, M, 32, 48, R)["BLOCK_N"]
+    with tables.using(folder):
+        work.forget()
+        return tuning._lookup("fake", GPU, dtype, M, 32, 48, R)["BLOCK_N"]
 
 
 def choices_of(bench, *sizes, names=("torch", "split", "one_launch"), uses=("forward", "training")):
     made, smaller = [], None
     for size in sizes:
-        found = [tune_choices.Use(use, bench.op_case, False) for use in uses]
-        made.append(tune_choices.Choice("lora_linear", False, size, names, smaller, lambda on, found=found: found))
+        found = [operators.Use(use, bench.op_case, False) for use in uses]
+        made.append(operators.Choice("lora_linear", False, size, names, smaller, lambda on, found=found: found))
         smaller = size[0]
-    return lambda dry: made
+    return lambda shapes: made
 
 
 # ------------------------------------------------------------------------------------------------------ configurations
@@ -130,10 +136,11 @@ def test_the_fastest_is_written_and_then_found(bench, capsys):
     bench.seconds = {16: times(2.0), 32: times(1.0), 64: times(1.5), 128: times(0.1)}
     assert bench.tune() == 0
     assert [looked_up(bench.folder, M) for M in (1, 2, 64, 128)] == [32, 32, 32, 16]
-    assert looked_up(bench.folder, 1, R=32) == 16, "a row speaks for its own ranks"
+    assert looked_up(bench.folder, 1, R=32) == 32 and looked_up(bench.folder, 1, R=64) == 16, "ranks that are near"
     row = bench.rows()[0]
-    assert set(row) == PROVENANCE | {"kernel", "dtype", "M", "N", "K", "R", "config"}
-    assert (row["kernel"], row["gpu"], row["triton"]) == ("fake", "Test GPU", VERSION)
+    assert set(row) == PROVENANCE | {"kernel", "dtype", "M", "N", "K", "R", "config", "gain"}
+    assert (row["kernel"], row["arch"], row["gpu"], row["triton"]) == ("fake", "sm_90", "Test GPU", VERSION)
+    assert row["gain"] == 2.0
     assert row["torch"] == torch.__version__
     out = capsys.readouterr().out.splitlines()
     assert out[0] == f"tune: 3 of 3 shapes left for Test GPU, triton {VERSION}"
@@ -147,12 +154,13 @@ def test_the_fastest_is_written_and_then_found(bench, capsys):
 def test_a_config_is_not_for_another_gpu(bench, monkeypatch):
     bench.seconds = {32: times(1.0)}
     bench.tune()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "Other GPU")
-    assert looked_up(bench.folder, 1) == 16
+    monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Other GPU"))
+    assert looked_up(bench.folder, 1) == 16, "in the user's own table"
 
 
 def test_a_dry_row_is_for_no_gpu(bench, monkeypatch):
-    monkeypatch.setattr(tune, "_setting", lambda dry: SETTING.__class__(**{**vars(SETTING), "gpu": tune.INTERPRETER}))
+    dry = Provenance(tune.INTERPRETER, tune.INTERPRETER, torch.__version__, VERSION, "abc")
+    monkeypatch.setattr(tune, "_setting", lambda dry_run: (SETTING, dry))
     bench.seconds = {32: times(1.0)}
     assert bench.tune() == 0 and len(bench.rows()) == 3
     assert looked_up(bench.folder, 1) == 16
@@ -215,7 +223,7 @@ def test_a_launch_that_asks_for_another_size_writes_no_row(bench, capsys, monkey
     def case(on, size):
         return bench.kernel_case(on, (*size[:3], 64))
 
-    monkeypatch.setattr(tune_jobs, "JOBS", {"fake": tune_jobs.Job(case, SIZES[:1], [])})
+    monkeypatch.setattr(work, "jobs", lambda shapes: [Job("fake", case, SIZES[:1])])
     assert bench.tune() == 1 and bench.rows() == []
     assert "the launcher asks for [('float32', 1, 32, 48, 64)]" in capsys.readouterr().out
 
@@ -259,7 +267,7 @@ def test_an_interruption_loses_nothing_that_is_finished(bench, monkeypatch, caps
 
 def test_a_budget_ends_cleanly(bench, monkeypatch, capsys):
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert bench.tune(seconds=25.0) == 0
     assert [row["M"] for row in bench.rows()] == [1, 16]
     assert capsys.readouterr().out.splitlines()[-1].endswith("1 shapes left, the same command goes on")
@@ -275,7 +283,7 @@ def test_again_takes_the_oldest_first_and_keeps_the_others(bench, monkeypatch):
     path.write_text(json.dumps([other, rows[1] | {"triton": "3.0"}, *rows]))
     bench.seconds = {32: times(1.0)}
     clock = iter(range(0, 1000, 10))
-    monkeypatch.setattr(tune, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(work, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     assert bench.tune(again=True, seconds=15.0) == 0
     here = [row for row in bench.rows() if (row["gpu"], row["triton"]) == ("Test GPU", VERSION)]
     assert {row["M"]: row["config"]["BLOCK_N"] for row in here} == {1: 16, 16: 32, 64: 16}
@@ -283,7 +291,7 @@ def test_again_takes_the_oldest_first_and_keeps_the_others(bench, monkeypatch):
 
 
 def test_selection(bench, monkeypatch, capsys):
-    monkeypatch.setattr(tune_choices, "choices", choices_of(bench, (1, 32, 48, 16)))
+    monkeypatch.setattr(work, "choices_of", choices_of(bench, (1, 32, 48, 16)))
     assert bench.tune(only="choices") == 0 and bench.rows() == [] and len(bench.rows("choice.json")) == 1
     assert bench.tune(kernel=["fake"]) == 0 and len(bench.rows()) == 3
     assert bench.tune(kernel=["fake", "fakes"]) == 2
@@ -293,19 +301,16 @@ def test_selection(bench, monkeypatch, capsys):
 
 # -------------------------------------------------------------------------------------------------------------- choices
 def test_a_choice_is_written_and_then_taken(bench, monkeypatch):
-    monkeypatch.setattr(tune_choices, "choices", choices_of(bench, (16, 32, 48, 16), (64, 32, 48, 16)))
+    monkeypatch.setattr(work, "choices_of", choices_of(bench, (16, 32, 48, 16), (64, 32, 48, 16)))
     bench.seconds = {"split": times(1.0), "one_launch": times(1.5)}
     assert bench.tune(only="choices") == 0
     rows = bench.rows("choice.json")
-    assert set(rows[0]) == PROVENANCE | {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation"}
-    monkeypatch.setattr(choice, "_table", lambda: rows)
+    assert set(rows[0]) == PROVENANCE | {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gain"}
+    monkeypatch.setattr(tables, "user_folder", lambda: bench.folder)
     monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "triton_failure", lambda device: "")
-    for cached in (choice._measured, choice._automatic):
-        cached.cache_clear()
+    work.forget()
     names = [choice.choose("lora_linear", GPU, torch.float32, M, 32, 48, 16).name for M in (1, 16, 17, 64, 65)]
-    for cached in (choice._measured, choice._automatic):
-        cached.cache_clear()
     assert names == ["split"] * 4 + ["torch"]
 
 
@@ -324,11 +329,11 @@ FAST, SAME, SLOW = ({"torch": times(2.0), "split": times(middle)} for middle in 
     ],
 )
 def test_an_implementation_wins_in_the_first_use_and_loses_in_none(results, winner):
-    assert tune.decide(results, "torch", ["split"]) == winner
+    assert measure.decide(results, "torch", ["split"]) == winner
 
 
 def test_a_wrong_implementation_is_never_timed_nor_chosen(bench, monkeypatch):
-    monkeypatch.setattr(tune_choices, "choices", choices_of(bench, (1, 32, 48, 16)))
+    monkeypatch.setattr(work, "choices_of", choices_of(bench, (1, 32, 48, 16)))
     bench.wrong, bench.seconds = {"split"}, {"split": times(0.1), "one_launch": times(1.0)}
     assert bench.tune(only="choices") == 1
     assert "split" in bench.ran and "split" not in bench.timed
@@ -337,7 +342,7 @@ def test_a_wrong_implementation_is_never_timed_nor_chosen(bench, monkeypatch):
 
 def test_a_row_does_not_speak_for_smaller_sizes_that_have_none(bench, monkeypatch, capsys):
     """The safe path fails at M=16, so that there is no row: one of M=64 would be taken there."""
-    monkeypatch.setattr(tune_choices, "choices", choices_of(bench, (16, 32, 48, 16), (64, 32, 48, 16)))
+    monkeypatch.setattr(work, "choices_of", choices_of(bench, (16, 32, 48, 16), (64, 32, 48, 16)))
     bench.broken = {"torch"}
     assert bench.tune(only="choices") == 1
     assert bench.rows("choice.json") == []
@@ -355,11 +360,11 @@ def test_a_dry_run(tmp_path):
     names = ["lora_shrink", "lora_one_launch", "fourbit", "dequantize_4bit", "lora_linear"]
     ran = command("--dry", "--tables", tmp_path, "--kernel", *names, interpreter=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    rows = [row for name in (tune.CONFIGS, tune.CHOICES) for row in json.loads((tmp_path / name).read_text())]
-    assert {row["gpu"] for row in rows} == {"interpreter"} and len(rows) == 7
-    assert ran.stdout.splitlines()[-1].startswith("tune: 7 rows written")
+    rows = [row for name in tune.FILES.values() for row in json.loads((tmp_path / name).read_text())]
+    assert {row["gpu"] for row in rows} == {"interpreter"} and len(rows) == 13
+    assert ran.stdout.splitlines()[-1].startswith("tune: 13 rows written")
     again = command("--dry", "--tables", tmp_path, "--kernel", *names)
-    assert again.returncode == 0 and "tune: 0 of 7 shapes left for interpreter" in again.stdout
+    assert again.returncode == 0 and "tune: 0 of 13 shapes left for interpreter" in again.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -370,7 +375,7 @@ def test_without_a_gpu_it_says_so(capsys):
     ]
 
 
-@pytest.mark.parametrize("tables", [None, tune.TABLES, tune.TABLES / ".." / "tables"])
+@pytest.mark.parametrize("tables", [None, tables.SHIPPED, tables.SHIPPED / ".." / "tables"])
 def test_a_dry_run_does_not_write_into_the_repository(capsys, tables):
     assert tune.run(argparse.Namespace(dry=True, tables=tables)) == 2
     assert "another folder than csrc_triton/tables" in capsys.readouterr().err

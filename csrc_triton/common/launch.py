@@ -6,7 +6,9 @@ integer is 1 or a multiple of 16, the constants. A launch of a kind that was mad
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +33,7 @@ class _Prepared(NamedTuple):
 
 
 _prepared: dict[tuple[Any, ...], _Prepared] = {}
+_compiling: list[object] = []  # see compile_only
 
 
 def launch(
@@ -57,6 +60,9 @@ def launch(
     key = (id(kernel), index, *config.values(), *constants.values(), *[_kind(arg) for arg in args])
     prepared = _prepared.get(key)
     if prepared is None:
+        if _compiling:
+            kernel.run(*args, grid=grid, warmup=True, **_of_kernel(kernel, config), **constants)
+            return
         prepared = _prepared[key] = _prepare(kernel, grid, args, {**_of_kernel(kernel, config), **constants})
     if knobs.runtime.launch_enter_hook.calls:  # a profiler, which wants to know more
         kernel[grid](*args, **_of_kernel(kernel, config), **constants)
@@ -64,6 +70,21 @@ def launch(
     x, y, z = (*grid, 1, 1)[:3]
     stream = driver.active.get_current_stream(index or 0)
     prepared.run(x, y, z, stream, prepared.function, prepared.metadata, None, None, None, *args, *prepared.constants)
+
+
+@contextmanager
+def compile_only(threads: int) -> Iterator[None]:
+    """Inside, kernels that were never launched are compiled, several at a time, and not launched; at the end all are
+    there. For the tuner: what such calls return holds no results. A kernel that does not compile says so when launched.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+
+    with ThreadPoolExecutor(threads) as pool, AsyncCompileMode(pool, ignore_errors=True):
+        _compiling.append(pool)
+        try:
+            yield
+        finally:
+            _compiling.pop()
 
 
 def launch_by_name(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], config: Mapping[str, int]) -> None:

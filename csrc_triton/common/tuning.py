@@ -1,32 +1,25 @@
-"""Which configuration a kernel runs with: a row measured on this GPU, else a documented default. Pure lookups.
+"""Which configuration a kernel runs with: a measured row's (``csrc_triton.tables``), else a documented default.
 
 Each kernel module lists its candidates: every configuration that tuning may choose, all of them compiled ahead of
-time and free of spills (``python -m bench aot``). ``tables/configs.json`` holds what was measured, as a list of rows
-
-    {"kernel", "dtype", "M", "N", "K", "R", "config", "gpu", "torch", "triton", "date", "commit"}
-
-where M is the largest M the row speaks for, and gpu and triton ("3.9") have to agree with what is running.
-``python -m bench tune`` writes it; ``trying`` and ``use_table`` are what it needs here.
+time and free of spills (``python -m bench aot``). A measured row counts as long as its configuration is one of them.
+``trying`` is what the tuner (``peft_fast.tuning``) needs here.
 """
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+
+from .. import tables
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 CUDA = ARCHS[:3]
 AMPERE = ARCHS[:1]
 HOPPER = ARCHS[1:3]
 SMALL = ("sm_80", "gfx942")  # at most 64 KB of shared memory: AMD, and NVIDIA's chips with 99 KB (sm_86, sm_89, sm_120)
-TABLE = Path(__file__).parent.parent / "tables" / "configs.json"
 
 
 @dataclass(frozen=True)
@@ -100,17 +93,15 @@ def trying(kernel: str, config: dict[str, int]) -> Iterator[set[tuple[str, int, 
 
 def default_config(kernel: str, arch: str, dtype: torch.dtype, M: int, R: int) -> dict[str, int]:
     """What runs where nothing was measured; M and R as powers of two.    Raises: LookupError if nothing fits."""
-    for candidate in candidates_for(kernel, arch, 4 if dtype == torch.float32 else 2):
+    for candidate in candidates_for(kernel, arch, _itemsize(dtype)):
         if M <= candidate.default_to and R <= candidate.max_rank:
             return candidate.config
     raise LookupError(f"{kernel}: no default configuration for {dtype}, M={M}, R={R} on {arch}")
 
 
-def use_table(path: Path) -> None:
-    """Take measured rows from this file from now on, as it is now."""
-    global TABLE
-    TABLE = path
-    _table.cache_clear()
+def forget() -> None:
+    """Look measured rows up again, after they have changed."""
+    tables.forget()
     _lookup.cache_clear()
 
 
@@ -132,32 +123,20 @@ def power_of_2(n: int) -> int:
 
 @functools.lru_cache(maxsize=4096)
 def _lookup(kernel: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> dict[str, int]:
-    measured = _measured_row(kernel, device, dtype, M, N, K, R)
-    if measured is not None:
-        return measured["config"]
-    return default_config(kernel, arch_of(device), dtype, M, R)
+    arch = arch_of(device)
+    if device.type == "cuda":
+        what = dict(kernel=kernel, dtype=str(dtype).removeprefix("torch."))
+        row = tables.find(tables.CONFIGS, what, tables.gpu_of(device), tables.Sizes(M, N, K, R))
+        known = (c.config for c in candidates_for(kernel, arch, _itemsize(dtype)) if R <= c.max_rank)
+        if row is not None and row["config"] in known:
+            config: dict[str, int] = row["config"]
+            return config
+    return default_config(kernel, arch, dtype, M, R)
 
 
-def _measured_row(
-    kernel: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int
-) -> dict[str, Any] | None:
-    if device.type != "cuda":
-        return None
-    gpu, version = torch.cuda.get_device_name(device), ".".join(triton.__version__.split(".")[:2])
-    key = (kernel, gpu, version, str(dtype).removeprefix("torch."), N, K)
-    fits = [
-        row
-        for row in _table()
-        if (row["kernel"], row["gpu"], row["triton"], row["dtype"], row["N"], row["K"]) == key
-        and block_r(row["R"]) == R
-        and M <= row["M"]
-    ]
-    return min(fits, key=lambda row: row["M"], default=None)
-
-
-@functools.cache
-def _table() -> list[dict[str, Any]]:
-    return json.loads(TABLE.read_text())
+def _itemsize(dtype: torch.dtype) -> int:
+    """Of the candidates for x in ``dtype``; int8 has those of 16 bits."""
+    return 4 if dtype == torch.float32 else 2
 
 
 @functools.cache

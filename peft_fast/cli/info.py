@@ -1,5 +1,6 @@
 """`peft-fast info`: versions, devices, folders, and for each op the implementation that will be used, and why."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
@@ -25,7 +26,39 @@ def report() -> str:
         "folders": _folders(),
         "implementation of each op": _implementations(),
     }
+    return _text(sections)
+
+
+def report_of_model(args: argparse.Namespace) -> str:
+    """What would run for the layers of --model, and why; its weights are not read."""
+    import torch
+
+    from ..tuning.explain import explain
+    from . import model_options
+    from .device import pick_device
+
+    device = pick_device(args.device)
+    model = model_options.load(args, torch.device("meta"))
+    found = explain(model, args.tokens, device)
+    name = f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    what = f"{args.model} with {args.adapter or f'LoRA of rank {args.r} on all linear layers'}, on {name}"
+    lines = {title: [situation.in_site() for situation in situations] for title, situations in found.items()}
+    sections = lines or {"nothing to show": ["no linear layer with LoRA and no prefix"]}
+    return f"{what}\n\n{_text({**sections, 'folders': _tables()})}"
+
+
+def _text(sections: dict[str, list[str]]) -> str:
     return "\n\n".join(f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections.items())
+
+
+def _tables() -> list[str]:
+    from csrc_triton import tables
+
+    own, shipped = (
+        sum(len(tables.read(folder / name)) for name in (tables.CHOICES, tables.CONFIGS))
+        for folder in (tables.user_folder(), tables.SHIPPED)
+    )
+    return [f"measured rows: {own} of your own in {tables.user_folder()} (peft-fast tune), {shipped} with the library"]
 
 
 def _versions() -> list[str]:
@@ -59,7 +92,7 @@ def _folders() -> list[str]:
 
     from .demo import BASE
 
-    return [f"models and adapters from the hub: {HF_HUB_CACHE}", f"base model of the demo: {BASE}"]
+    return [f"models and adapters from the hub: {HF_HUB_CACHE}", f"base model of the demo: {BASE}", *_tables()]
 
 
 def _implementations() -> list[str]:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from peft_fast import __version__
 
-from . import bench as bench_command, plan as plan_command, train_options
+from . import bench as bench_command, model_options, plan as plan_command, train_options, tune as tune_command
 from .errors import CommandError, UsageError
 
 
@@ -52,11 +52,13 @@ def build_parser() -> OneLineParser:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     _add_demo(commands)
-    commands.add_parser(
+    info = commands.add_parser(
         "info",
         help="versions, devices, and the implementation that each op will use, and why",
-        description="Print versions, devices, and for each op the implementation that will be used, and why.",
+        description="Print versions, devices, and for each op the implementation that will be used, and why; with "
+        "--model for the model's own layers, without reading its weights.",
     )
+    model_options.add_to(info, required=False)
     check = commands.add_parser(
         "check",
         help="validate an adapter directory without loading its weights into a model",
@@ -96,6 +98,14 @@ def build_parser() -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     bench_command.add_to(bench)
+    tune = commands.add_parser(
+        "tune",
+        help="measure on this GPU what is fastest for a model's own layers, and use it from now on",
+        description=tune_command.DESCRIPTION,
+        epilog=tune_command.EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune_command.add_to(tune)
     _add_run(commands)
     return parser
 
@@ -220,7 +230,9 @@ def _demo(args: argparse.Namespace) -> int:
 def _info(args: argparse.Namespace) -> int:
     from . import info
 
-    print(info.report())
+    if args.model is None and args.adapter is not None:
+        raise UsageError("--adapter needs --model, the base model that it is for")
+    print(info.report() if args.model is None else info.report_of_model(args))
     return 0
 
 
@@ -264,6 +276,7 @@ COMMANDS = {
     "train": _train,
     "plan": _plan,
     "bench": bench_command.run,
+    "tune": tune_command.run,
     "run": _run,
 }
 

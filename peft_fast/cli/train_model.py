@@ -90,7 +90,7 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
     arguments: dict[str, Any] = {}
     if options.quantize != "none":
         place = "cpu" if device.type == "cpu" else device.index or 0  # accelerate compares indices
-        arguments = {"quantization_config": _quantization(options.quantize, dtype), "device_map": {"": place}}
+        arguments = {"quantization_config": quantization(options.quantize, dtype), "device_map": {"": place}}
     directory = options.model.resolve()
     arguments |= {"config": plan.config, "dtype": dtype, "local_files_only": True}
     # a classifier of other classes has a head of another shape, which gives way to a new one
@@ -156,7 +156,8 @@ def _checkpoint(base: Any) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def _quantization(name: str, compute: torch.dtype) -> Any:
+def quantization(name: str, compute: torch.dtype) -> Any:
+    """transformers' configuration for what --quantize names."""
     from transformers import BitsAndBytesConfig
 
     if name == "int8":

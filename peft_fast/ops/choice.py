@@ -21,21 +21,14 @@ Attention with a learned prefix ("prefix_attention"), whose variable is PEFT_FAS
 
 Ops on quantized weights take bitsandbytes' library ("torch") or ours ("kernel"); their variable is PEFT_FAST_QUANT.
 
-Apart from attention a kernel is chosen only where a row of csrc_triton/tables/choice.json, measured on that GPU, says
-that it wins:
-
-    {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gpu", "torch", "triton", "date", "commit"}
-
-where M is the largest M the row speaks for, R counts up to the next power of two, and gpu and triton have to agree.
+Apart from attention a kernel is chosen only where a measured row says that it wins: the user's own, else one that comes
+with the library (``csrc_triton.tables`` says which rows speak for what).
 """
 
 import functools
-import importlib.metadata
 import importlib.util
-import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +69,10 @@ class Situation(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op:<16} {self.situation:<48} {self.choice:<11} {self.reason}"
+
+    def in_site(self) -> str:
+        """A line below the name of what it is about."""
+        return f"{self.op:<23}{self.situation:<35}{self.choice:<11}{self.reason}"
 
 
 # os.environ's own dictionary: a look-up through os.environ encodes and decodes, which takes 1 us, and this is asked in
@@ -131,9 +128,8 @@ def _automatic(
         return Choice("torch", f"no kernels for {_name(dtype)}")
     if not has_triton():
         return Choice("torch", "triton is not installed")
-    for limit, choice in _measured(op, device, dtype, N, K, R, dropout):
-        if limit >= M:
-            return choice
+    if measured := _measured(op, device, dtype, M, N, K, R, dropout):
+        return measured
     where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
     if dropout:
         return Choice(
@@ -178,7 +174,6 @@ def forget() -> None:
     _automatic_mixed.cache_clear()
     _automatic_prefix.cache_clear()
     _measured.cache_clear()
-    _table.cache_clear()
 
 
 def choose_mixed(
@@ -207,9 +202,8 @@ def choose_mixed(
 
 @functools.lru_cache(maxsize=4096)
 def _automatic_mixed(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int) -> Choice:
-    for limit, choice in _measured("lora_mixed", device, dtype, N, K, R, False):
-        if limit >= M:
-            return choice
+    if measured := _measured("lora_mixed", device, dtype, M, N, K, R, False):
+        return measured
     where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
     return Choice("grouped", f"no measured entry for {where}; the vendor's base GEMM")
 
@@ -309,9 +303,8 @@ def choose_quantized(
         return Choice(name, "forced by the argument" if asked else f"forced by {QUANT_VARIABLE}")
     if device.type != "cuda":
         return Choice("torch", f"{device.type} tensors take bitsandbytes' library where it is right, else plain torch")
-    for limit, choice in _measured(op, device, dtype, N, K, _bucket(R), False) if has_triton() else ():
-        if limit >= M:
-            return choice
+    if has_triton() and (measured := _measured(op, device, dtype, _rows(M), N, K, _bucket(R), False)):
+        return measured
     where = f"{_gpu(device)} at {_name(dtype)} M={M} N={N} K={K} R={R}"
     return Choice("torch", f"no measured entry for {where}; bitsandbytes' library")
 
@@ -350,20 +343,23 @@ def describe() -> list[Situation]:
 
 
 def _check_forced(op: str, name: str, device: torch.device, dtype: torch.dtype, M: int, R: int) -> None:
-    forced = f"{op}: implementation {name!r}"
-    other = "" if op == "lora_mixed" else ", or force 'torch'"
-    instead = _check_runs(op, name, VARIABLE, other, device, dtype)
-    if op == "lora_mixed":
-        if name == "one_launch" and (M > MIXED_ONE_LAUNCH_MAX_M or R > ONE_LAUNCH_MAX_RANK):
-            raise ValueError(
-                f"{forced} is for M <= {MIXED_ONE_LAUNCH_MAX_M} and ranks <= {ONE_LAUNCH_MAX_RANK}, "
-                f"got M = {M} and R = {R}: force 'grouped', or {instead}"
-            )
-    elif name == "one_launch" and (R > ONE_LAUNCH_MAX_RANK or M * R > ONE_LAUNCH_MAX_MR):
+    other, instead = ("", "grouped") if op == "lora_mixed" else (", or force 'torch'", "split")
+    auto = _check_runs(op, name, VARIABLE, other, device, dtype)
+    if bound := _beyond_bound(op, name, M, R):
         raise ValueError(
-            f"{forced} is for R <= {ONE_LAUNCH_MAX_RANK} and M * R <= {ONE_LAUNCH_MAX_MR}, "
-            f"got M = {M} and R = {R}: force 'split', or {instead}"
+            f"{op}: implementation {name!r} is for {bound}, got M = {M} and R = {R}: force {instead!r}, or {auto}"
         )
+
+
+def _beyond_bound(op: str, name: str, M: int, R: int) -> str:
+    """The bound of an implementation that M and R are beyond, or ""."""
+    if name != "one_launch":
+        return ""
+    if op == "lora_mixed":
+        within = M <= MIXED_ONE_LAUNCH_MAX_M and R <= ONE_LAUNCH_MAX_RANK
+        return "" if within else f"M <= {MIXED_ONE_LAUNCH_MAX_M} and ranks <= {ONE_LAUNCH_MAX_RANK}"
+    within = R <= ONE_LAUNCH_MAX_RANK and M * R <= ONE_LAUNCH_MAX_MR
+    return "" if within else f"R <= {ONE_LAUNCH_MAX_RANK} and M * R <= {ONE_LAUNCH_MAX_MR}"
 
 
 def _check_runs(op: str, name: str, variable: str, other: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -381,30 +377,23 @@ def _check_runs(op: str, name: str, variable: str, other: str, device: torch.dev
 
 @functools.lru_cache(maxsize=4096)
 def _measured(
-    op: str, device: torch.device, dtype: torch.dtype, N: int, K: int, R: int, dropout: bool
-) -> tuple[tuple[int, Choice], ...]:
-    """(largest M, choice) of every row that was measured for this, ascending in M."""
-    key = (op, _gpu(device), _triton_version(), _name(dtype), N, K, R, dropout)
-    found = []
-    for row in _table():
-        names = (row[name] for name in ("op", "gpu", "triton", "dtype", "N", "K"))
-        if (*names, _bucket(row["R"]), row["dropout"]) == key:
-            reason = f"measured on {row['gpu']}, {row['date']}, commit {row['commit']}, for M up to {row['M']}"
-            found.append((row["M"], Choice(row["implementation"], reason)))
-    return tuple(sorted(found))
+    op: str, device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, R: int, dropout: bool
+) -> Choice | None:
+    """What the row says that speaks for this; M and R count up to the next power of two."""
+    from csrc_triton import tables
+
+    what = dict(op=op, dtype=_name(dtype), dropout=dropout)
+    row = tables.find(tables.CHOICES, what, tables.gpu_of(device), tables.Sizes(M, N, K, R))
+    if row is None or _beyond_bound(op, row["implementation"], M, R):
+        return None
+    sizes = f"M up to {row['M']}, N near {row['N']}, K near {row['K']}, R near {row['R']}"
+    return Choice(
+        row["implementation"],
+        f"measured on {row['gpu']} with triton {row['triton']}, {row['date']}, {row['commit']}, for {sizes}: "
+        f"{row['gain']:.2f} times as fast as without",
+    )
 
 
-@functools.cache
-def _table() -> list[dict[str, Any]]:
-    """The committed rows; read as data, so that csrc_triton (and triton with it) is not imported."""
-    package = importlib.util.find_spec("csrc_triton")
-    if package is None or package.origin is None:
-        return []
-    rows: list[dict[str, Any]] = json.loads((Path(package.origin).parent / "tables" / "choice.json").read_text())
-    return rows
-
-
-@functools.cache
 def _gpu(device: torch.device) -> str:
     return torch.cuda.get_device_name(device)
 
@@ -412,11 +401,6 @@ def _gpu(device: torch.device) -> str:
 @functools.cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _triton_version() -> str:
-    return ".".join(importlib.metadata.version("triton").split(".")[:2])
 
 
 def _bucket(R: int) -> int:

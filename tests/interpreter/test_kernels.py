@@ -7,6 +7,7 @@ import torch
 from test_lora_linear import gradients, keep_of, make, plain
 from torch.nn import functional as F
 
+from csrc_triton import tables
 from csrc_triton.common import aot, tuning
 from csrc_triton.lora import grad as lora_grad, linear as lora_linear, shrink as lora_shrink
 from numerics import assert_as_accurate
@@ -405,16 +406,18 @@ class TestCandidates:
                 assert any(M <= c.default_to and R <= c.max_rank for c in offered), (kernel, arch, itemsize, M, R)
 
     def test_a_measured_row_is_taken(self, monkeypatch):
-        row = {"kernel": "lora_gemm", "gpu": "Test GPU", "triton": ".".join(tuning.triton.__version__.split(".")[:2]),
-               "dtype": "bfloat16", "M": 64, "N": 32, "K": 48, "R": 16, "config": {"BLOCK_M": 1}}  # fmt: skip
-        rows = [row, row | {"M": 256, "config": {"BLOCK_M": 2}}, row | {"gpu": "other"}]
-        monkeypatch.setattr(tuning, "_table", lambda: rows)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Test GPU")
+        first, second, *_ = [c.config for c in tuning.candidates_for("lora_gemm", "sm_90") if not c.default_to]
+        row = {"kernel": "lora_gemm", "gpu": "Test GPU", "arch": "sm_90", "gain": 2.0,
+               "dtype": "bfloat16", "M": 64, "N": 32, "K": 48, "R": 16, "config": first}  # fmt: skip
+        rows = [row, row | {"M": 256, "config": second}, row | {"M": 512, "config": {"BLOCK_M": 1}}]
+        monkeypatch.setattr(tables, "read", lambda path: rows if path.parent == tables.SHIPPED else ())
+        monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
         monkeypatch.setattr(tuning, "arch_of", lambda device: "sm_90")
         tuning._lookup.cache_clear()
         gpu, bf16 = torch.device("cuda", 0), torch.bfloat16
-        looked_up = [tuning._lookup("lora_gemm", gpu, bf16, M, 32, 48, 16)["BLOCK_M"] for M in (1, 64, 65, 256)]
-        assert looked_up == [1, 1, 2, 2]
-        for other in [(512, 32, 48, 16), (64, 33, 48, 16), (64, 32, 49, 16), (64, 32, 48, 32)]:
-            assert tuning._lookup("lora_gemm", gpu, bf16, *other)["BLOCK_M"] >= 16
+        looked_up = [tuning._lookup("lora_gemm", gpu, bf16, M, 32, 48, 16) for M in (1, 64, 65, 256)]
+        assert looked_up == [first, first, second, second]
+        for other in [(512, 32, 48, 16), (1024, 32, 48, 16), (64, 65, 48, 16), (64, 32, 97, 16), (64, 32, 48, 64)]:
+            config = tuning._lookup("lora_gemm", gpu, bf16, *other)
+            assert config == tuning.default_config("lora_gemm", "sm_90", bf16, other[0], other[3]), "no candidate now"
         tuning._lookup.cache_clear()

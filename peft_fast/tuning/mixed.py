@@ -1,4 +1,4 @@
-"""Cases of ``python -m bench tune``: batches that mix adapters, csrc_triton/mixed_*.py. Sizes: tune_jobs.py."""
+"""Cases of kernels: batches that mix adapters, csrc_triton/mixed. Sizes: kernels.py."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fast.ops.mixed_plan import MixedPlan, MixedSite, mixed_plan
-
-from .tune_case import SCALING, Case, Setting, Size
+from ..ops.mixed_plan import MixedPlan, MixedSite, mixed_plan
+from .case import SCALING, Case, Setting, Size
 
 ADAPTERS = 8  # in a batch, at most
 
@@ -64,7 +63,7 @@ def mixed_shrink(on: Setting, size: Size) -> Case:
 
     M, _, K, R = size
 
-    def run(x: Tensor, a: Tensor, mix: Mix) -> Tensor:
+    def run(x: Tensor, a: Tensor, mix: Mix) -> Any:
         site, plan = mix.site, mix.plan
         return mixed_shrink(x, site.addresses, site.ranks, site.dtype, R, plan.order, plan.blocks, plan.block_rows)
 
@@ -80,7 +79,7 @@ def mixed_expand(on: Setting, size: Size) -> Case:
 
     M, N, _, R = size
 
-    def run(y: Tensor, planes: Tensor, b: Tensor, mix: Mix) -> Tensor:
+    def run(y: Tensor, planes: Tensor, b: Tensor, mix: Mix) -> Any:
         site, plan = mix.site, mix.plan
         tables = (site.addresses, site.ranks, site.scales, site.dtype, on.dtype)
         return mixed_expand(planes, *tables, plan.order, plan.blocks, plan.block_rows, y)
@@ -97,14 +96,14 @@ def mixed_gemm(on: Setting, size: Size) -> Case:
 
     M, N, K, R = size
 
-    def run(x: Tensor, w: Tensor, planes: Tensor, b: Tensor, mix: Mix) -> Tensor:
+    def run(x: Tensor, w: Tensor, planes: Tensor, b: Tensor, mix: Mix) -> Any:
         site, plan = mix.site, mix.plan
         tables = (site.addresses, site.ranks, site.scales, site.dtype)
         return mixed_gemm(x, w, None, planes, *tables, plan.slots, plan.order)
 
     def inputs() -> tuple[Any, ...]:
         mix = draw_mix(on, M, N, 16, R)
-        return on.draw(M, K), on.draw(N, K, std=K**-0.5), _planes(on, M, R), mix.b, mix
+        return on.draw(M, K), on.weight(N, K), _planes(on, M, R), mix.b, mix
 
     def formula(D: torch.dtype, x: Tensor, w: Tensor, planes: Tensor, b: Tensor, mix: Mix) -> Tensor:
         return x.to(D) @ w.to(D).T + mix.times_b(D, planes.to(D).sum(0))
@@ -117,13 +116,13 @@ def mixed_one_launch(on: Setting, size: Size) -> Case:
 
     M, N, K, R = size
 
-    def run(x: Tensor, w: Tensor, a: Tensor, b: Tensor, mix: Mix) -> Tensor:
+    def run(x: Tensor, w: Tensor, a: Tensor, b: Tensor, mix: Mix) -> Any:
         site, plan = mix.site, mix.plan
         tables = (site.addresses, site.ranks, site.scales, site.dtype, R, plan.order, plan.blocks, plan.block_rows)
         return mixed_one_launch(x, w, None, *tables, plan.counters[0])
 
     def inputs() -> tuple[Any, ...]:
         mix = draw_mix(on, M, N, K, R)
-        return on.draw(M, K), on.draw(N, K, std=K**-0.5), mix.a, mix.b, mix
+        return on.draw(M, K), on.weight(N, K), mix.a, mix.b, mix
 
     return Case(inputs, run, lambda D, x, w, a, b, mix: x.to(D) @ w.to(D).T + mix.update(D, x))

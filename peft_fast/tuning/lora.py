@@ -1,16 +1,19 @@
-"""Cases of ``python -m bench tune``: one adapter, csrc_triton/lora_*.py. A size is (M, N, K, R), see tune_jobs.py."""
+"""Cases of kernels: one adapter, csrc_triton/lora. A size is (M, N, K, R), see kernels.py.
+
+turned: a matrix as the backward gives it, the transpose of one in memory.
+"""
 
 import torch
 from torch import Tensor
 
-from .tune_case import SCALING, SITES, Case, Setting, Size
+from .case import SCALING, Case, Setting, Size
 
 
-def lora_shrink(on: Setting, size: Size) -> Case:
+def lora_shrink(on: Setting, size: Size, turned: bool = False) -> Case:
+    """s = x @ a.T; turned: dS = dY @ b, with b.T for a."""
     from csrc_triton.lora.shrink import lora_shrink
 
     M, _, K, R = size
-    turned = not on.dry and K not in {K for _, K in SITES}  # dS = dY @ b, with b.T for a
     return Case(
         lambda: (on.draw(M, K), _matrix(on, R, K, turned)),
         lambda x, a: lora_shrink(x, a, SCALING)[0],
@@ -18,11 +21,11 @@ def lora_shrink(on: Setting, size: Size) -> Case:
     )
 
 
-def lora_expand(on: Setting, size: Size) -> Case:
+def lora_expand(on: Setting, size: Size, turned: bool = False) -> Case:
+    """y += s @ b.T; turned: dX += dS @ a, with a.T for b."""
     from csrc_triton.lora.expand import lora_expand
 
     M, N, _, R = size
-    turned = not on.dry and N not in {N for N, _ in SITES}  # dX += dS @ a, with a.T for b
     return Case(
         lambda: (on.draw(M, R), _matrix(on, N, R, turned), on.draw(M, N)),
         lambda s, b, base: lora_expand(s, b, base, torch.empty_like(base)),
@@ -30,21 +33,24 @@ def lora_expand(on: Setting, size: Size) -> Case:
     )
 
 
-def lora_gemm(on: Setting, size: Size) -> Case:
-    """Forward, or dX = dY @ w + dS @ a at sizes that only dX has."""
+def lora_gemm(on: Setting, size: Size, turned: bool = False) -> Case:
+    """Forward; turned: dX = dY @ w + dS @ a."""
     from csrc_triton.lora.gemm import lora_gemm
 
     M, N, K, R = size
 
-    turned = not on.dry and (N, K) not in SITES
+    def weight() -> Tensor:
+        return on.weight(K, N).T if turned else on.weight(N, K)
+
     return Case(
-        lambda: (on.draw(M, K), _matrix(on, N, K, turned), on.draw(M, R), _matrix(on, N, R, turned)),
+        lambda: (on.draw(M, K), weight(), on.draw(M, R), _matrix(on, N, R, turned)),
         lambda x, w, s, b: lora_gemm(x, w, None, s, b),
         lambda D, x, w, s, b: x.to(D) @ w.to(D).T + s.to(D) @ b.to(D).T,
     )
 
 
 def lora_one_launch(on: Setting, size: Size) -> Case:
+    """y and s."""
     from csrc_triton.lora.one_launch import lora_one_launch
 
     M, N, K, R = size
@@ -54,7 +60,7 @@ def lora_one_launch(on: Setting, size: Size) -> Case:
         return x.to(D) @ w.to(D).T + s @ b.to(D).T, s
 
     return Case(
-        lambda: (on.draw(M, K), on.draw(N, K, std=K**-0.5), on.draw(R, K, std=K**-0.5), on.draw(N, R, std=R**-0.5)),
+        lambda: (on.draw(M, K), on.weight(N, K), *on.factors(N, K, R)),
         lambda x, w, a, b: lora_one_launch(x, w, None, a, b, SCALING, 0.0, None)[:2],
         formula,
     )
@@ -78,7 +84,6 @@ def lora_grad(on: Setting, size: Size) -> Case:
 
 
 def _matrix(on: Setting, rows: int, columns: int, turned: bool) -> Tensor:
-    """turned: as the backward gives it, the transpose of one in memory."""
     if turned:
         return on.draw(columns, rows, std=columns**-0.5).T
     return on.draw(rows, columns, std=columns**-0.5)

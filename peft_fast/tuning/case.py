@@ -3,19 +3,18 @@
 import gc
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .measure import graphed, interleaved
+from .clock import graphed, interleaved
 
 Size = tuple[int, int, int, int]  # M, N, K, R
 SCALING = 2.0
-SITES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336))  # (N, K) of Llama-3-8B's qkv, o, gate_up, down
 _MAX_COPIES = 256
 Outputs = Tensor | Sequence[Tensor]
 Times = dict[str, list[float]]
@@ -28,6 +27,8 @@ class Setting:
     gpu: its name, "interpreter" in a dry run.    dtype: of the inputs.    arch: whose candidates are offered.
     cache_bytes: of L2; inputs rotate through copies that overflow it twice.
     seconds, min_rounds: of ``interleaved``.    dry: Triton's interpreter on the CPU, tiny sizes.
+    heads: of queries, and of keys and values.    adapter_dtype: of A and B, dtype if None.
+    own: weights (N, K) and quantized layers of the model in question, in turn, by (kind of its base, N, K).
     """
 
     gpu: str
@@ -38,6 +39,9 @@ class Setting:
     seconds: float
     min_rounds: int
     dry: bool
+    heads: tuple[int, int] = (32, 8)
+    adapter_dtype: torch.dtype | None = None
+    own: Mapping[tuple[str, int, int], Iterator[Any]] = field(default_factory=dict)
 
     @property
     def dtype_name(self) -> str:
@@ -47,6 +51,16 @@ class Setting:
     def draw(self, *shape: int, std: float = 1.0) -> Tensor:
         """Random numbers, on the device, in the dtype."""
         return (torch.randn(shape, device=self.device) * std).to(self.dtype)
+
+    def weight(self, N: int, K: int) -> Tensor:
+        """A base's weight (N, K): the model's next one of that shape, or a random one."""
+        own = self.own.get(("plain", N, K))
+        return self.draw(N, K, std=K**-0.5) if own is None else next(own)
+
+    def factors(self, N: int, K: int, R: int) -> tuple[Tensor, Tensor]:
+        """A (R, K) and B (N, R), random ones: a fresh adapter's B is zero, with which nothing could be checked."""
+        dtype = self.adapter_dtype or self.dtype
+        return self.draw(R, K, std=K**-0.5).to(dtype), self.draw(N, R, std=R**-0.5).to(dtype)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The tables that ``python -m bench tune`` fills. A finished row is on disk at once, and the file is always whole."""
+"""The tables that the tuner fills. A finished row is on disk at once, and the file is always whole."""
 
 import datetime
 import json
@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .shapes import rank_bucket
+
 Row = dict[str, Any]
 # What a row speaks for, on one GPU and triton. R counts by the power of two that kernels round it up to.
 _KEY = ("kernel", "op", "dtype", "dropout", "M", "N", "K")
@@ -14,8 +16,9 @@ _KEY = ("kernel", "op", "dtype", "dropout", "M", "N", "K")
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where rows are measured: the GPU's name, versions (of triton as tables have it, such as "3.9") and commit."""
+    """Where rows are measured: the GPU, versions (of triton such as "3.9") and the library's commit or version."""
 
+    arch: str
     gpu: str
     torch: str
     triton: str
@@ -43,7 +46,9 @@ class Table:
         old = self.find(key)
         where = self.provenance
         date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
-        source = dict(gpu=where.gpu, torch=where.torch, triton=where.triton, date=date, commit=where.commit)
+        source = dict(
+            arch=where.arch, gpu=where.gpu, torch=where.torch, triton=where.triton, date=date, commit=where.commit
+        )
         self.rows = sorted([*(row for row in self.rows if row is not old), key | values | source], key=_order)
         text = "[\n" + ",\n".join(json.dumps(row) for row in self.rows) + "\n]\n"
         write_whole(self.path, text)
@@ -64,11 +69,6 @@ def write_whole(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def rank_bucket(R: int) -> int:
-    """The power of two that kernels round a rank up to, at least 16."""
-    return max(16, 1 << (R - 1).bit_length())
 
 
 def _identity(row: Row) -> tuple[Any, ...]:

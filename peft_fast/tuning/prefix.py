@@ -1,21 +1,15 @@
-"""Cases of ``python -m bench tune``: attention with a learned prefix, csrc_triton/prefix_*.py. Sizes: tune_jobs.py."""
+"""Cases of kernels: attention with a learned prefix, csrc_triton/prefix. Sizes: kernels.py."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peft_fast import reference_prefix
-
-from .tune_case import Case, Setting, Size
+from .. import reference_prefix
+from .case import Case, Setting, Size
 
 _PREFIX, _DECODED_KEYS, _DECODED_ROWS = 128, 1024, 32
 _TOKENS = 8192  # of a step in training or prefill: rows times queries
-
-
-def _heads(on: Setting) -> tuple[int, int]:
-    """Of q, and of k and v: Llama-3-8B's."""
-    return (4, 2) if on.dry else (32, 8)
 
 
 def _options(T: int, D: int, causal_offset: int) -> tuple[Any, ...]:
@@ -25,7 +19,7 @@ def _options(T: int, D: int, causal_offset: int) -> tuple[Any, ...]:
 
 def _draw(on: Setting, B: int, L: int, S: int, T: int, D: int) -> tuple[Tensor, ...]:
     """q, k, v, prefix_k and prefix_v; the first three as projections give them."""
-    H, KV = _heads(on)
+    H, KV = on.heads
     q, k, v = (on.draw(B, n, heads, D).transpose(1, 2) for n, heads in ((L, H), (S, KV), (S, KV)))
     return q, k, v, on.draw(T, KV, D), on.draw(T, KV, D)
 
@@ -49,7 +43,7 @@ def prefix_fwd(on: Setting, size: Size) -> Case:
 
 def prefix_decode(on: Setting, size: Size) -> Case:
     """M queries of a row that share a key head."""
-    (M, _, _, D), (H, KV) = size, _heads(on)
+    (M, _, _, D), (H, KV) = size, on.heads
     L = M // (H // KV)
     return _forward(on, 2 if on.dry else _DECODED_ROWS, L, 24 if on.dry else _DECODED_KEYS, _slots(on), D)
 

@@ -1,4 +1,4 @@
-"""Cases of ``python -m bench tune``: quantized weights, csrc_triton/fourbit*.py, int8_linear.py. Sizes: tune_jobs.py.
+"""Cases of kernels: quantized weights, csrc_triton/quantized. Sizes: kernels.py.
 
 A weight of random bytes is as good as another: bitsandbytes is not needed here.
 """
@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fast import reference_quant
-
-from .tune_case import SCALING, Case, Setting, Size
-from .tune_mixed import Mix, draw_mix
+from .. import reference_quant
+from .case import SCALING, Case, Setting, Size
+from .mixed import Mix, draw_mix
 
 _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256
 
@@ -31,8 +30,9 @@ def _draw_4bit(on: Setting, N: int, K: int) -> tuple[Tensor, ...]:
     )
 
 
-def _plain_4bit(weight: tuple[Tensor, ...], N: int, K: int, D: torch.dtype) -> Tensor:
-    w = reference_quant.dequantize_4bit(*weight, "nf4", _BLOCKSIZE, _NESTED_BLOCKSIZE, N, K, torch.float32)
+def _plain_4bit(weight: Any, N: int, K: int, D: torch.dtype) -> Tensor:
+    blocks = _BLOCKSIZE, _NESTED_BLOCKSIZE
+    w: Tensor = reference_quant.dequantize_4bit(*weight, "nf4", *blocks, N, K, torch.float32)  # type: ignore[call-arg]
     return w.to(D)
 
 
@@ -41,7 +41,7 @@ def fourbit(on: Setting, size: Size) -> Case:
 
     _, N, K, _ = size
 
-    def run(packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Tensor:
+    def run(packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Any:
         return dequantize(packed, code, absmax, _BLOCKSIZE, (N, K), on.dtype, Nested(*nested, _NESTED_BLOCKSIZE))
 
     return Case(lambda: _draw_4bit(on, N, K), run, lambda D, *weight: _plain_4bit(weight, N, K, D))
@@ -53,7 +53,7 @@ def fourbit_linear(on: Setting, size: Size) -> Case:
 
     M, N, K, R = size
 
-    def run(x: Tensor, a: Tensor, b: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Tensor:
+    def run(x: Tensor, a: Tensor, b: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Any:
         double = Nested(*nested, _NESTED_BLOCKSIZE)
         return fourbit_linear(x, packed, code, absmax, _BLOCKSIZE, N, "nf4", double, None, a, b, SCALING)
 
@@ -62,7 +62,7 @@ def fourbit_linear(on: Setting, size: Size) -> Case:
         return x @ _plain_4bit(weight, N, K, D).T + SCALING * (x @ a.to(D).T) @ b.to(D).T
 
     def inputs() -> tuple[Tensor, ...]:
-        return on.draw(M, K), on.draw(R, K, std=K**-0.5), on.draw(N, R, std=R**-0.5), *_draw_4bit(on, N, K)
+        return on.draw(M, K), *on.factors(N, K, R), *_draw_4bit(on, N, K)
 
     return Case(inputs, run, formula)
 
@@ -73,7 +73,7 @@ def fourbit_mixed(on: Setting, size: Size) -> Case:
 
     M, N, K, R = size
 
-    def run(x: Tensor, mix: Mix, a: Tensor, b: Tensor, *weight: Tensor) -> Tensor:
+    def run(x: Tensor, mix: Mix, a: Tensor, b: Tensor, *weight: Tensor) -> Any:
         (packed, code, absmax, *nested), site, plan = weight, mix.site, mix.plan
         tables = (site.addresses, site.ranks, site.scales, site.dtype, R, plan.order, plan.blocks, plan.block_rows)
         double = Nested(*nested, _NESTED_BLOCKSIZE)

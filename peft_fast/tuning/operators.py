@@ -1,4 +1,4 @@
-"""What ``python -m bench tune`` measures to choose implementations: for every op with a table its sizes and its uses.
+"""What is measured to choose implementations: for every operator with a table its sizes and its uses.
 
 An op is used in several ways with one choice. An implementation other than the safe path is chosen if it wins beyond
 noise in the first of these uses and loses beyond noise in none. A row speaks for all M above the next smaller row's up
@@ -12,16 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fast import reference, reference_quant
-from peft_fast.ops import functional
-from peft_fast.ops.choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, MIXED_ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_MR
-from peft_fast.ops.fourbit_linear import linear_4bit, linear_mixed_4bit
-from peft_fast.ops.quantized import dequantize_4bit, linear_int8
-from peft_fast.quant import weight_of
-
-from .tune_case import SCALING, SITES, Case, Setting, Size
-from .tune_jobs import MS, QUANT_SITES, RANKS, TRAINED
-from .tune_mixed import ADAPTERS, Mix, draw_mix
+from .. import reference, reference_quant
+from ..ops import functional
+from ..ops.choice import (
+    IMPLEMENTATIONS,
+    MIXED_IMPLEMENTATIONS,
+    MIXED_ONE_LAUNCH_MAX_M,
+    ONE_LAUNCH_MAX_MR,
+    ONE_LAUNCH_MAX_RANK,
+)  # fmt: skip
+from ..ops.fourbit_linear import linear_4bit, linear_mixed_4bit
+from ..ops.quantized import dequantize_4bit, linear_int8
+from ..quant import weight_of
+from .case import SCALING, Case, Setting, Size
+from .mixed import ADAPTERS, Mix, draw_mix
+from .shapes import Shapes, Site, rank_bucket
 
 DROPOUT, THRESHOLD = 0.05, 6.0
 # What a row may name.
@@ -64,24 +69,25 @@ class Choice:
     library: bool = False
 
 
-def choices(dry: bool) -> list[Choice]:
+def choices(shapes: Shapes) -> list[Choice]:
     """All rows, M ascending for one op and (N, K, R)."""
-    sites, quant_sites, ranks = (SITES, QUANT_SITES, RANKS) if not dry else (((40, 48),), ((64, 128),), (16,))
-    ms = MS if not dry else (1, 4)
-    found = []
-    for dropout, op_ms in ((False, ms), (True, TRAINED if not dry else (4,))):
-        found += [_linear(size, smaller, dropout) for size, smaller in _sizes(op_ms, sites, ranks)]
-    found += [_mixed(size, smaller) for size, smaller in _sizes(ms, sites, ranks)]
-    found += [_dequantize((1, N, K, 1)) for N, K in quant_sites]
-    for make in (_linear_4bit, _mixed_4bit, _linear_int8):
-        found += [make(size, smaller) for size, smaller in _sizes(ms, quant_sites, ranks)]
+    tokens = shapes.tokens
+    found = [_linear(size, smaller, False) for size, smaller in _sizes(tokens, shapes.plain)]
+    if shapes.dropout:
+        trained = shapes.trained or tokens[-1:]
+        found += [_linear(size, smaller, True) for size, smaller in _sizes(trained, shapes.plain)]
+    found += [_mixed(size, smaller) for size, smaller in _sizes(tokens, shapes.plain)]
+    found += [_dequantize((1, N, K, 1)) for N, K in dict.fromkeys((N, K) for N, K, _ in shapes.four_bit)]
+    for make, sites in ((_linear_4bit, shapes.four_bit), (_mixed_4bit, shapes.four_bit), (_linear_int8, shapes.int8)):
+        found += [make(size, smaller) for size, smaller in _sizes(tokens, sites)]
     return found
 
 
-def _sizes(ms: tuple[int, ...], sites: Any, ranks: tuple[int, ...]) -> list[tuple[Size, int | None]]:
-    """Each size with the next smaller M."""
-    before = (None, *ms[:-1])
-    return [((M, N, K, R), low) for N, K in sites for R in ranks for M, low in zip(ms, before, strict=True)]
+def _sizes(tokens: tuple[int, ...], sites: tuple[Site, ...]) -> list[tuple[Size, int | None]]:
+    """Each size with the next smaller M; ranks that kernels round up to the same are the same."""
+    before = (None, *tokens[:-1])
+    once = {(N, K, rank_bucket(R)): (N, K, R) for N, K, R in sites}.values()
+    return [((M, N, K, R), low) for N, K, R in once for M, low in zip(tokens, before, strict=True)]
 
 
 def _lowest(size: Size, smaller: int | None) -> Size:
@@ -93,8 +99,8 @@ def _lowest(size: Size, smaller: int | None) -> Size:
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 def _linear(size: Size, smaller: int | None, dropout: bool) -> Choice:
     M, _, _, R = size
-    names = ("addmm", "split") if dropout else ("torch", "addmm", "split")
-    if M * R <= ONE_LAUNCH_MAX_MR:
+    names: tuple[str, ...] = ("addmm", "split") if dropout else ("torch", "addmm", "split")
+    if M * R <= ONE_LAUNCH_MAX_MR and R <= ONE_LAUNCH_MAX_RANK:
         names += ("one_launch",)
 
     def uses(on: Setting) -> list[Use]:
@@ -115,7 +121,7 @@ def _linear(size: Size, smaller: int | None, dropout: bool) -> Choice:
 
 def _weights(on: Setting, size: Size) -> tuple[Tensor, Tensor, Tensor]:
     _, N, K, R = size
-    return on.draw(N, K, std=K**-0.5), on.draw(R, K, std=K**-0.5), on.draw(N, R, std=R**-0.5)
+    return on.weight(N, K), *on.factors(N, K, R)
 
 
 def _forward(on: Setting, size: Size, name: str) -> Case:
@@ -165,7 +171,8 @@ def _training(on: Setting, size: Size, p: float, name: str) -> Case:
 
 
 def _mixed(size: Size, smaller: int | None) -> Choice:
-    names = ("grouped", "split", "one_launch") if size[0] <= MIXED_ONE_LAUNCH_MAX_M else ("grouped", "split")
+    few = size[0] <= MIXED_ONE_LAUNCH_MAX_M and size[3] <= ONE_LAUNCH_MAX_RANK
+    names = ("grouped", "split", "one_launch") if few else ("grouped", "split")
 
     def uses(on: Setting) -> list[Use]:
         low = _lowest(size, smaller)
@@ -183,7 +190,7 @@ def _mixed_forward(on: Setting, size: Size, adapters: int, name: str) -> Case:
 
     def inputs() -> tuple[Any, ...]:
         mix = draw_mix(on, M, N, K, R, adapters)
-        return on.draw(M, K), on.draw(N, K, std=K**-0.5), mix.a, mix.b, mix
+        return on.draw(M, K), on.weight(N, K), mix.a, mix.b, mix
 
     @torch.no_grad()
     def run(x: Tensor, w: Tensor, a: Tensor, b: Tensor, mix: Mix) -> Tensor:
@@ -195,11 +202,16 @@ def _mixed_forward(on: Setting, size: Size, adapters: int, name: str) -> Case:
 # --------------------------------------------------------------------------------------------------- quantized weights
 # "torch" below is what a model does where no kernel is chosen: bitsandbytes' own layer, then the update.
 def _layer(on: Setting, N: int, K: int, bits: int) -> tuple[Any, Any]:
-    """A layer of bitsandbytes and its weight; not the same memory, because on a CPU the layer packs its own anew."""
+    """A layer of bitsandbytes, the model's next one or a random one, and its weight; not the same memory on a CPU,
+    because there the layer packs its own anew."""
     import bitsandbytes
 
-    w = on.draw(N, K, std=K**-0.5).cpu()
     layer: Any
+    own = on.own.get((f"{bits}bit", N, K))
+    if own is not None:
+        layer = next(own)
+        return layer, weight_of(layer)
+    w = on.draw(N, K, std=K**-0.5).cpu()
     if bits == 8:
         layer = bitsandbytes.nn.Linear8bitLt(K, N, bias=False, has_fp16_weights=False, threshold=THRESHOLD)
         layer.weight = bitsandbytes.nn.Int8Params(w, requires_grad=False, has_fp16_weights=False)
@@ -214,7 +226,8 @@ def _layer(on: Setting, N: int, K: int, bits: int) -> tuple[Any, Any]:
 
 
 def _plain_4bit(weight: Any, D: torch.dtype) -> Tensor:
-    return reference_quant.dequantize_4bit(*weight[:-1], torch.float32).to(D)
+    w: Tensor = reference_quant.dequantize_4bit(*weight[:-1], torch.float32)  # type: ignore[call-arg]
+    return w.to(D)
 
 
 def _dequantize(size: Size) -> Choice:
@@ -255,7 +268,7 @@ def _linear_4bit(size: Size, smaller: int | None) -> Choice:
 
         def inputs() -> tuple[Any, ...]:
             layer, weight = _layer(on, N, K, 4)
-            return on.draw(M, K), on.draw(R, K, std=K**-0.5), on.draw(N, R, std=R**-0.5), weight[0], layer, weight
+            return on.draw(M, K), *on.factors(N, K, R), weight[0], layer, weight
 
         @torch.no_grad()
         def run(x: Tensor, a: Tensor, b: Tensor, packed: Tensor, layer: Any, weight: Any) -> Tensor:
@@ -309,17 +322,18 @@ def _linear_int8(size: Size, smaller: int | None) -> Choice:
             layer, weight = _layer(on, N, K, 8)
             x = on.draw(M, K)
             x[:, 1] *= 10.0  # an outlier
-            return x, on.draw(R, K, std=K**-0.5), on.draw(N, R, std=R**-0.5), weight[0], layer, weight
+            return x, *on.factors(N, K, R), weight[0], layer, weight
 
         @torch.no_grad()
         def run(x: Tensor, a: Tensor, b: Tensor, values: Tensor, layer: Any, weight: Any) -> Tensor:
             if name == "torch":
                 return functional.lora_update(layer(x), x, a, b, SCALING, implementation=name)
-            y: Tensor = linear_int8(x, *weight, None, a, b, SCALING, THRESHOLD, name)
+            y: Tensor = linear_int8(x, weight.values, weight.scales, None, a, b, SCALING, THRESHOLD, name)
             return y
 
         def formula(D: torch.dtype, x: Tensor, a: Tensor, b: Tensor, values: Tensor, layer: Any, weight: Any) -> Tensor:
-            y = reference_quant.linear_int8(x.float() if D == torch.float64 else x, *weight, None, THRESHOLD)
+            x_of_library = x.float() if D == torch.float64 else x
+            y = reference_quant.linear_int8(x_of_library, weight.values, weight.scales, None, THRESHOLD)
             return reference.lora_update(y.to(D), x.to(D), a.to(D), b.to(D), SCALING)
 
         return Case(inputs, run, formula)
