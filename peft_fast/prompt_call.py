@@ -1,8 +1,9 @@
 """The learned prompt of a call: data of the call, never a choice made on a module.
 
 A call enters `use_prompt(...)`; a hook that stands before the base model's forward (`before_forward`) then changes the
-arguments of that forward. So everything that runs the base model inside the call (generate, a compiled forward, a
-Trainer) takes part, and nothing of the base model is replaced. The field is the thread's own.
+arguments of that forward, and one behind it (`after_forward`) what it returns. So everything that runs the base model
+inside the call (generate, a compiled forward, a Trainer) takes part, and nothing of the base model is replaced. The
+field is the thread's own.
 """
 
 import inspect
@@ -22,6 +23,10 @@ class PromptCall(Protocol):
 
     def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments that `base` gets in place of `kwargs`, which may be changed."""
+        ...
+
+    def own_positions(self, output: Any) -> Any:
+        """What `base` returned, at the positions of the caller's own tokens."""
         ...
 
 
@@ -56,6 +61,7 @@ def acquire(base: nn.Module) -> None:
     """Let calls change the arguments of the base model's forward, until everyone who acquired it has released it."""
     base.__dict__[_OWNERS] = base.__dict__.get(_OWNERS, 0) + 1
     add_hook(base, before_forward, before=True)
+    add_hook(base, after_forward, before=False)
 
 
 def release(base: nn.Module) -> bool:
@@ -66,6 +72,7 @@ def release(base: nn.Module) -> bool:
     if owners != 1:
         return False
     remove_hook(base, before_forward)
+    remove_hook(base, after_forward)
     return True
 
 
@@ -98,6 +105,12 @@ def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         names = list(inspect.signature(module.forward).parameters)
         kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     return (), call.apply(dict(kwargs))
+
+
+def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    """The hook behind the base model."""
+    call = _STATE.call
+    return output if call is None or call.base is not module else call.own_positions(output)
 
 
 def leading_input(kwargs: dict[str, Any], is_encoder_decoder: bool) -> Tensor:

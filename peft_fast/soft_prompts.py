@@ -1,10 +1,12 @@
 """Learned tokens before the embeddings of the text: prompt tuning, P-tuning, multitask prompt tuning.
 
-Shapes are PEFT's: logits of the virtual tokens stay in the output, labels of language models are padded to it.
+Outputs have the positions of the text: what the base model returns for virtual tokens is left out. PEFT leaves it in,
+so that its logits are longer than the labels, and answers of extractive question answering are off by that many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from .utils.other import shift_tokens_right
 
 __all__ = ["SoftPromptCall", "before_the_encoder"]
 
+_BY_POSITION = (
+    "logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states", "encoder_last_hidden_state",
+    "encoder_hidden_states", "decoder_hidden_states",
+)  # fmt: skip
+_ONE_PER_ROW = ("SEQ_CLS",)  # logits (rows, classes)
 IGNORED = -100  # label of a token that has no loss
 
 
@@ -33,9 +40,13 @@ class SoftPromptCall:
         self.base, self.embed, self.prompts, self.virtual = base, embed, prompts, virtual
         self.task, self.in_decoder = task, in_decoder
         self.running: nn.Module | None = None
+        # lengths, virtual tokens included, in the forward that runs: of what the output is about, of the encoder
+        self.length: int | None = None
+        self.encoder_length: int | None = None
 
     def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's arguments with the learned tokens. Raises: ValueError for arguments that cannot make room."""
+        self.length = self.encoder_length = None
         if self.task == "SEQ_2_SEQ_LM":
             return self._seq2seq(kwargs)
         cache = kwargs.get("past_key_values")
@@ -53,12 +64,33 @@ class SoftPromptCall:
         if cache is None or not cache.get_seq_length():
             kwargs["inputs_embeds"] = self.before(kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
             kwargs["input_ids"] = None
+            self.length = kwargs["inputs_embeds"].shape[1]
         if kwargs.get("labels") is not None and self.task in ("CAUSAL_LM", "TOKEN_CLS"):
             kwargs["labels"] = self._pad(kwargs["labels"], IGNORED)
         for name in ("start_positions", "end_positions"):
             if kwargs.get(name) is not None:  # of the text; logits have the virtual tokens before it
                 kwargs[name] = kwargs[name] + self.virtual
         return kwargs
+
+    def own_positions(self, output: Any) -> Any:
+        """Logits and hidden states of the text alone; attention keeps the virtual tokens, which it is about."""
+        if self.task in _ONE_PER_ROW or not isinstance(output, tuple | Mapping):
+            return output
+        if isinstance(output, tuple):
+            return tuple(self._own(value, self.length) for value in output)
+        named: Any = output
+        for name in _BY_POSITION:
+            if named.get(name) is not None:
+                named[name] = self._own(named[name], self.encoder_length if "encoder_" in name[:8] else self.length)
+        return named
+
+    def _own(self, value: Any, length: int | None) -> Any:
+        """value (rows, length, ...) without the virtual tokens; hidden states are a tuple by layer."""
+        if isinstance(value, tuple) and all(isinstance(entry, Tensor) and entry.ndim == 3 for entry in value):
+            return tuple(self._own(entry, length) for entry in value)
+        if isinstance(value, Tensor) and value.ndim in (2, 3) and value.shape[1] == length:
+            return value[:, self.virtual :]
+        return value
 
     def before(self, embeds: Tensor | None, ids: Tensor | None, first: int = 0) -> Tensor:
         """(rows, virtual + T, D): the learned tokens from `first` on, then the text.
@@ -87,6 +119,7 @@ class SoftPromptCall:
         _pad_mask(self, kwargs, "attention_mask")
         kwargs["inputs_embeds"] = self.before(kwargs.get("inputs_embeds"), kwargs.get("input_ids"))
         kwargs["input_ids"] = None
+        self.encoder_length = kwargs["inputs_embeds"].shape[1]
         if not self.in_decoder:
             return kwargs
         ids, embeds, labels = (kwargs.get(key) for key in ("decoder_input_ids", "decoder_inputs_embeds", "labels"))
@@ -95,6 +128,7 @@ class SoftPromptCall:
             ids = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
         kwargs["decoder_inputs_embeds"] = self.before(embeds, ids, first=self.virtual)
         kwargs["decoder_input_ids"] = None
+        self.length = kwargs["decoder_inputs_embeds"].shape[1]
         _pad_mask(self, kwargs, "decoder_attention_mask")
         if labels is not None:
             kwargs["labels"] = self._pad(labels, IGNORED)

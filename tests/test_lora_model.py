@@ -183,11 +183,11 @@ def test_merge_and_unmerge(name: str, safe: bool) -> None:
     for model in (mine, their):
         model.merge_adapter(safe_merge=safe)
     after, expected = mine.state_dict(), their.state_dict()
-    for key, value in expected.items():
-        torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7, msg=key)
-    assert_as_accurate("merged", logits(mine), logits(their), logits(in_fp64(their)))
-    if "tied" not in name:  # there one weight gets what belongs to both
-        assert (logits(mine) - unmerged).abs().max() < 1e-4
+    if "tied" not in name:  # there PEFT's one weight gets what belongs to both
+        for key, value in expected.items():
+            torch.testing.assert_close(after[key], value, rtol=1e-6, atol=1e-7, msg=key)
+        assert_as_accurate("merged", logits(mine), logits(their), logits(in_fp64(their)))
+    assert (logits(mine) - unmerged).abs().max() < 1e-4
     mine.unmerge_adapter()
     for key, value in mine.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6, msg=key)

@@ -142,7 +142,10 @@ def test_what_peft_gets_wrong() -> None:
 
 
 def test_pissa_adapters_leave_the_base_alone() -> None:
-    mine, _ = _pair(init_lora_weights="pissa")
+    base, targets = base_and_targets("llama")
+    mine = ours(base, "a", r=4, lora_alpha=6, target_modules=targets, init_lora_weights="pissa")
+    mine.peft_config["c"] = LoraConfig(r=4, lora_alpha=4, target_modules=targets[:2])
+    mine.inject_adapter(mine.model, "c")
     before = {k: v.clone() for k, v in mine.state_dict().items() if "base_layer" in k}
     mine.add_weighted_adapter(["a", "c"], [1.0, 2.0], "new", "cat")
     assert all(torch.equal(mine.state_dict()[k], v) for k, v in before.items())

@@ -120,6 +120,10 @@ class PrefixCall:
         distances = modules_matching(base, family.distances) if family is not None else []
         self._distances = distances[0][1] if distances else None
 
+    def own_positions(self, output: Any) -> Any:
+        """As it is: a prefix is in no sequence."""
+        return output
+
     def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's arguments with the prefix: for the attention function, or in the cache.
 

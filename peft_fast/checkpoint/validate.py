@@ -95,7 +95,7 @@ def check_ranks(weights: WeightsFile, config: Any, *, ignore_mismatched_sizes: b
             return
         raise ValueError(
             f"{weights.where}: none of the adapter's LoRA weights is in the file. Expected names ending in "
-            f"{', '.join(_RANK_DIM)}, got {_listed(weights.tensors) or 'no tensor at all'}"
+            f"{', '.join(_RANK_DIM)}, got {listed(weights.tensors) or 'no tensor at all'}"
         )
     rank = fields.get("r", 8)
     allowed = {rank, *(fields.get("rank_pattern") or {}).values()}
@@ -103,11 +103,17 @@ def check_ranks(weights: WeightsFile, config: Any, *, ignore_mismatched_sizes: b
     absurd = max(allowed) > max(_HARMLESS_RANK, *others)
     for name, dim in rank_dims.items():
         shape = weights.tensors[name].shape
-        if absurd or (shape[dim] not in allowed and not ignore_mismatched_sizes):
+        if absurd or not (ignore_mismatched_sizes or _is_rank(shape, dim, allowed)):
             expected = (*shape[:dim], max(allowed) if absurd else rank, *shape[dim + 1 :])
             raise RuntimeError(
                 f"{weights.where}: {mismatch(name, shape, expected)} The config allows the ranks {sorted(allowed)}."
             )
+
+
+def _is_rank(shape: tuple[int, ...], dim: int, allowed: set[int]) -> bool:
+    """Whether that dimension can be one of the ranks; B of a convolution in groups has a part of it."""
+    in_groups = len(shape) > 2 and dim == 1
+    return shape[dim] in allowed or (in_groups and any(rank % shape[dim] == 0 for rank in allowed))
 
 
 def _rank_dims(weights: WeightsFile) -> dict[str, int]:
@@ -142,7 +148,7 @@ def check_tensors(
     if own and not any(name in weights.tensors for name in own):
         raise ValueError(
             f"{weights.where}: none of the adapter's {len(own)} weights is in the file. Expected e.g. "
-            f"{next(iter(own))!r}, got {_listed(weights.tensors) or 'no tensor at all'}"
+            f"{next(iter(own))!r}, got {listed(weights.tensors) or 'no tensor at all'}"
         )
     checked = CheckedNames(missing=[name for name in own if name not in weights.tensors])
     for name, found in weights.tensors.items():
@@ -169,12 +175,12 @@ def _refuse_leftover(
     overwriting = [name for name in leftover if is_base_weight(name)]
     if overwriting:
         raise ValueError(
-            f"{weights.where}: {_listed(overwriting)} would overwrite weights of the base model, which other adapters "
+            f"{weights.where}: {listed(overwriting)} would overwrite weights of the base model, which other adapters "
             "share. Expected only the adapter's own weights (and biases if its config trains them, and the embeddings)."
         )
     if leftover:
         raise ValueError(
-            f"{weights.where}: {_listed(leftover)} does not belong to the adapter that the config describes on this "
+            f"{weights.where}: {listed(leftover)} does not belong to the adapter that the config describes on this "
             f"base model. Expected names like {next(iter(expected), 'none')!r}; check the base model and "
             "target_modules / modules_to_save."
         )
@@ -206,7 +212,7 @@ def mismatch(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> st
     )
 
 
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
     """The first names of many, for an error."""
     names = list(names)
     more = len(names) - _SHOWN

@@ -63,6 +63,7 @@ class PeftModel(PromptLearning, AdapterFiles):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        self.training = model.training
         check_adapter_name(adapter_name)
         if peft_config.peft_type not in PEFT_TYPE_TO_TUNER_MAPPING:
             name = getattr(peft_config.peft_type, "value", peft_config.peft_type)

@@ -106,6 +106,7 @@ class PromptLearning(nn.Module):
         make: Any = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
         if "prompt_encoder" not in self._modules:
             self.prompt_encoder = nn.ModuleDict()
+            self.prompt_encoder.training = self.training
             self.prompt_tokens = {}
         if self._is_prompt_learning:
             self._find_embeddings(base)
@@ -125,7 +126,7 @@ class PromptLearning(nn.Module):
                 config.token_dim = weight.shape[1]
             encoder = make(config) if config.peft_type == PeftType.P_TUNING else make(config, self.word_embeddings)
         device = next((parameter.device for parameter in base.parameters()), torch.device("cpu"))
-        self.prompt_encoder[adapter_name] = encoder.to(device)
+        self.prompt_encoder[adapter_name] = encoder.to(device).train(self.prompt_encoder.training)
         if not self._is_prompt_learning:  # as adapters beside it: trainable while it is active
             encoder.requires_grad_(False)
         self.prompt_tokens[adapter_name] = torch.arange(config.num_virtual_tokens * config.num_transformer_submodules)

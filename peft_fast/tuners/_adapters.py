@@ -1,7 +1,8 @@
 """What can be done to the adapters of any model that has adapter layers, whoever put them there."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +38,16 @@ def set_adapter(
             warnings.warn("Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2)
             layer.unmerge()
         layer.set_adapter(adapter_name, inference_mode=inference_mode)
+
+
+@contextmanager
+def taken_out(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Around a change of an adapter's weights: layers that have it merged take it out, and merge it again after."""
+    with ExitStack() as stack:
+        for layer in adapter_modules(model):
+            if adapter_name in getattr(layer, "merged_adapters", ()):
+                stack.enter_context(layer.taken_out(adapter_name))
+        yield
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

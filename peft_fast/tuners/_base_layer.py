@@ -26,6 +26,7 @@ class BaseTunerLayer:
     # whether a forward may cast its input to the adapter's dtype, see `helpers.disable_input_dtype_casting`
     cast_input_dtype_enabled: bool = True
     _disable_adapters: bool = False
+    _frozen_by_disabling: Sequence[Tensor] = ()
     _active_adapter: str | list[str] = "default"
 
     def get_base_layer(self) -> nn.Module:
@@ -99,11 +100,20 @@ class BaseTunerLayer:
         return [entry for entry in candidates if (entry._modules or entry._parameters) and _is_container(entry)]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Run with the active adapters, which become trainable (True), or without any, all of them frozen (False)."""
+        """Run with the active adapters (True), or without any, all of them frozen (False).
+
+        Enabled again, every tensor requires gradients as it did when it was disabled, and none that did not: PEFT makes
+        the active adapters trainable, those that were loaded for inference too.
+        """
         if enabled:
-            self.set_adapter(self.active_adapters)
-        else:
-            self.set_requires_grad(list(self._get_available_adapters()), False)
+            for tensor in self._frozen_by_disabling:
+                tensor.requires_grad = True
+            self._frozen_by_disabling = []
+        elif not self._disable_adapters:
+            tensors = [tensor for container in self._containers() for tensor in container.parameters()]
+            self._frozen_by_disabling = [tensor for tensor in tensors if tensor.requires_grad]
+            for tensor in self._frozen_by_disabling:
+                tensor.requires_grad = False
         self._disable_adapters = not enabled
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -126,9 +136,17 @@ class BaseTunerLayer:
                 entry = container._parameters.get(name) if entry is None else entry
                 if entry is not None:
                     _set_layer_requires_grad(entry, requires_grad)
+                    if self._frozen_by_disabling:  # who says it now knows better
+                        said = {id(t) for t in (entry.parameters() if isinstance(entry, nn.Module) else (entry,))}
+                        self._frozen_by_disabling = [t for t in self._frozen_by_disabling if id(t) not in said]
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Forget an adapter. Where it was the only active one, the first of the others becomes active: a warning."""
+        """Forget an adapter. Where it was the only active one, the first of the others becomes active: a warning.
+
+        Raises: ValueError if it is merged.
+        """
+        if adapter_name in getattr(self, "merged_adapters", ()):
+            raise ValueError(f"Cannot delete adapter(s) {[adapter_name]} while they are merged. Unmerge them first.")
         for attribute in (*self.adapter_layer_names, *self.other_param_names):
             entries = getattr(self, attribute)
             if hasattr(entries, "keys") and adapter_name in entries:

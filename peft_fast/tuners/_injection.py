@@ -35,6 +35,7 @@ class Snapshot:
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.adapter_name = adapter_name
         self.sites = list(walk(model))
+        self._places = [(site.module, key, child) for site in self.sites for key, child in site.module._modules.items()]
         adapted = [s.module for s in self.sites if isinstance(s.module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         self.has_adapters = any(isinstance(module, BaseTunerLayer) for module in adapted)
         self.had_this_one = any(adapter_name in module._get_available_adapters() for module in adapted)
@@ -52,9 +53,9 @@ class Snapshot:
 
     def restore(self) -> None:
         """Hang every module where it was, forget the new adapter, and give back active adapters and gradient flags."""
-        for site in self.sites:
-            if site.parent is not None and site.parent._modules.get(site.child_name) is not site.module:
-                setattr(site.parent, site.child_name, site.module)
+        for parent, key, child in self._places:
+            if parent._modules.get(key) is not child and not isinstance(parent, BaseTunerLayer):
+                setattr(parent, key, child)
         for module, active, disabled in self._states:
             if not self.had_this_one:
                 # it is not active, so no other adapter is chosen in its place
@@ -91,7 +92,8 @@ def find_targets(
         return []
     if getattr(config, "target_parameters", None):
         raise ValueError("target_parameters is not supported by peft_fast yet; leave it at None")
-    sites = list(walk(model, "nothing"))[1:]
+    # a parametrization's own modules are how a weight is made, not layers
+    sites = [site for site in list(walk(model, "nothing"))[1:] if ".parametrizations." not in f".{site.name}"]
     resolve_all_linear(config, model, sites)
     _shorten_targets(config, [site.name for site in sites])
     matcher = TargetMatcher(config, budget)

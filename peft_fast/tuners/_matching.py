@@ -9,11 +9,13 @@ import math
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import regex
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from ..utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND, SEQ_CLS_HEAD_NAMES
 from ..utils.other import Site, walk
@@ -196,12 +198,21 @@ def resolve_all_linear(config: Any, model: Any, sites: Iterable[Site]) -> None:
     if head is None and hasattr(model, "get_output_embeddings") and config.task_type == "SEQ_CLS":
         heads = (getattr(model, name, None) for name in SEQ_CLS_HEAD_NAMES)
         head = next((module for module in heads if module is not None), None)
-    names = set()
+    names, skipped = set(), []
     for site in sites:
         adapted: Any = site.module
         base = adapted.get_base_layer() if hasattr(adapted, "get_base_layer") else adapted
-        if site.name and adapted is not head and is_linear(base):
+        if isinstance(base, NonDynamicallyQuantizableLinear):
+            skipped.append(site.name)
+        elif site.name and adapted is not head and is_linear(base):
             names.add(site.name)
+    if skipped:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        warnings.warn(
+            f"target_modules='all-linear' leaves out {', '.join(skipped[:3])}{more}: torch.nn.MultiheadAttention reads "
+            "the weight of its out_proj and never calls it, so that an adapter would have no effect.",
+            stacklevel=6,
+        )
     config.target_modules = names
 
 

@@ -38,6 +38,13 @@ from ._matching import (
 )
 from ._offload import onload_layer
 from ._prompt_encoder import BasePromptEncoder
+from ._special_targets import (
+    check_targets_run,
+    give_back_the_fast_path,
+    hang_everywhere,
+    keep_off_the_fast_path,
+    note_shared_weights,
+)
 
 __all__ = [
     "BasePromptEncoder",
@@ -94,6 +101,7 @@ class BaseTuner(nn.Module):
     ) -> None:
         super().__init__()
         self.model = model
+        self.training = model.training
         self.targeted_module_names: list[str] = []
         self.targeted_parameter_names: list[str] = []
         configs = dict(peft_config) if isinstance(peft_config, dict) else {adapter_name: peft_config}
@@ -238,12 +246,20 @@ class BaseTuner(nn.Module):
         targets = find_targets(config, model, state_dict, self.prefix, PatternBudget())
         for site in targets:
             self._check_target_module_compatiblity(config, model, site.child_name)
+        check_targets_run(config, model, targets)
         self._check_targets(config, [(site.name, site.module) for site in targets])
+        replaced: dict[nn.Module, nn.Module] = {}
         for site in targets:
             with torch.device("meta") if on_meta else nullcontext():
                 self._create_and_replace(
                     config, adapter_name, site.module, site.child_name, site.parent, current_key=site.name
                 )
+            new: Any = None if site.parent is None else site.parent._modules[site.child_name]
+            if new is not None and new is not site.module:
+                replaced[site.module] = new
+        if replaced:
+            hang_everywhere(model, replaced)
+            keep_off_the_fast_path(model, replaced.values())
         return [site.name for site in targets]
 
     def _mark_only_adapters_as_trainable(self, model: Any) -> None:
@@ -273,7 +289,11 @@ class BaseTuner(nn.Module):
                     parameter.requires_grad = True
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """Hang `new_module` in the place of `child`."""
+        """Hang `new_module` in the place of `child`; what is new in it takes the child's mode, training or not."""
+        base = set(child.modules())
+        for module in new_module.modules():
+            if module not in base:
+                module.training = child.training
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -356,18 +376,19 @@ class BaseTuner(nn.Module):
             The layers that this call has merged are unmerged then.
         """
         self._check_merge_allowed()
-        merged: list[BaseTunerLayer] = []
+        layers = tuner_layers(self.model)
+        note_shared_weights(self.model, layers)
+        before = [(layer, list(layer.merged_adapters)) for layer in layers]
         try:
-            for layer in tuner_layers(self.model):
-                names_before = list(layer.merged_adapters)
+            for layer in layers:
                 with onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
-                if not names_before and layer.merged:
-                    merged.append(layer)
         except BaseException:
-            for layer in merged:
-                with onload_layer(layer):
-                    layer.unmerge()
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    with onload_layer(layer):
+                        layer.unmerge()
+                        layer.merge(adapter_names=names)
             raise
 
     def unmerge_adapter(self) -> None:
@@ -405,6 +426,7 @@ class BaseTuner(nn.Module):
         if merge:
             self.merge_adapter(adapter_names, safe_merge)
         sites = [s for s in walk(self.model) if isinstance(s.module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+        replaced: dict[nn.Module, nn.Module] = {}
         # from the inside out: a wrapper's copy may hold adapter layers
         for site in tqdm(sites[::-1], disable=not progressbar, desc=f"Unloading {'and merging ' * merge}model"):
             child = site.module
@@ -414,6 +436,9 @@ class BaseTuner(nn.Module):
                 base = child.get_base_layer()
             if site.parent is not None:
                 setattr(site.parent, site.child_name, base)
+                replaced[child] = base
+        hang_everywhere(self.model, replaced)
+        give_back_the_fast_path(self.model)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         give_back(self.model)  # of prefixes beside the adapters
@@ -448,8 +473,7 @@ class BaseTuner(nn.Module):
         if tied_target_modules:
             warnings.warn(
                 f"Model with `tie_word_embeddings=True` and the {tied_target_modules=} are part of the adapter. "
-                "Merging changes the shared weight for both. To merge into one of them only, load the base model "
-                "with `tie_word_embeddings=False`, set `lm_head.weight` to a copy of the embeddings, and save it.",
+                "Merging gives them a weight of their own: afterwards the embeddings are no longer tied.",
                 stacklevel=4,
             )
 

@@ -56,6 +56,8 @@ class AuxiliaryTrainingWrapper(nn.Module):
         self.check_module()
         self.init_modules(adapter_name, **kwargs)
         self.update(adapter_name, **kwargs)
+        for module in (self, *(self.get_submodule(name) for name in self.adapter_layer_names)):
+            module.training = module_to_save.training
 
     def init_modules(self, adapter_name: str, **kwargs: Any) -> None:
         """Create the containers that `update` fills."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..checkpoint import (
@@ -22,6 +23,9 @@ from ..checkpoint import (
     open_weights,
     tensor_info,
 )
+from ..checkpoint.validate import listed
+from ..tuners._adapters import taken_out
+from ..tuners.lora.init import changes_base
 from ._survey import (
     Slot,
     Survey,
@@ -113,12 +117,57 @@ def load_adapter_weights(
     wanted = [name for name in checked.accepted if name not in duplicates]
     tensors = weights.load("cpu" if device is None else device, wanted)
     check_finite(tensors, weights.where)
-    for name, tensor in tensors.items():
-        (own.get(name) or optional[name]).write(tensor)
+    of_base = {name: tensor for name, tensor in tensors.items() if name not in own}
+    _check_isolation(model, adapter_name, weights.where, of_base, optional)
+    with taken_out(model, adapter_name):
+        for name, tensor in tensors.items():
+            (own.get(name) or optional[name]).write(tensor)
     if low_cpu_mem_usage:
         move_to_base_layers(survey, adapter_name)
     warn_mismatched(model, checked.mismatched)
     return _IncompatibleKeys(missing, [])
+
+
+def _check_isolation(
+    model: Any, adapter_name: str, where: str, of_base: Mapping[str, Tensor], slots: Mapping[str, Slot]
+) -> None:
+    """Refuse a file that changes weights of a base which other adapters use too: they were trained with what is there.
+
+    PEFT writes the embeddings into the file when the vocabulary has grown, and biases with `bias`; as the only adapter
+    of a base it may bring them. Raises: ValueError.
+    """
+    changed = [name for name, tensor in of_base.items() if _differs(slots[name], tensor)]
+    others = sorted(set(model.peft_config) - {adapter_name})
+    if changed and others:
+        raise ValueError(
+            f"{where}: {listed(changed)} differs from the base model's weight, which other adapters use as well "
+            f"({listed(others)}): loading it would change their outputs, and those of the base. Load this adapter onto "
+            "a base model of its own"
+        )
+    brought = model.__dict__.setdefault("_brought_weights", {})  # adapter -> base weights that its file has changed
+    for name in [name for name in brought if name not in model.peft_config]:
+        del brought[name]
+    reasons = {other: f"its file brought {listed(names)}" for other, names in brought.items()}
+    for other in others:
+        method = getattr(model.peft_config[other], "init_lora_weights", True)
+        if changes_base(method):
+            reasons[other] = f"init_lora_weights={method!r} took its values out of the base weights"
+    for other, reason in reasons.items():
+        if other != adapter_name:
+            warnings.warn(
+                f"Adapter {adapter_name!r} runs on a base model that adapter {other!r} has changed: {reason}. Unless "
+                f"{adapter_name!r} was trained so, load it onto a base model of its own.",
+                stacklevel=4,
+            )
+    if changed:
+        brought[adapter_name] = changed
+
+
+def _differs(slot: Slot, tensor: Tensor) -> bool:
+    old = slot.tensor
+    if old.is_meta or hasattr(old, "device_mesh"):
+        return True
+    return not torch.equal(old.detach(), tensor.to(old.device, old.dtype))
 
 
 def _infos(slots: Mapping[str, Slot]) -> dict[str, TensorInfo]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..checkpoint import find_adapter, open_weights
+from ..tuners._adapters import taken_out
 from ._gather import gathered, roll_call
 from ._survey import (
     Slot,
@@ -233,7 +234,8 @@ def set_peft_model_state_dict(
     for key, value in state_dict.items():
         if key in by_key:
             state_dict[key] = by_key[key].sharded(value)
-    result: _IncompatibleKeys = model.load_state_dict(state_dict, strict=False, assign=low_cpu_mem_usage)
+    with taken_out(model, adapter_name):
+        result: _IncompatibleKeys = model.load_state_dict(state_dict, strict=False, assign=low_cpu_mem_usage)
     if low_cpu_mem_usage:
         move_to_base_layers(survey, adapter_name)
     warn_mismatched(model, mismatched)

@@ -2,8 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,15 @@ from ...adapter_watch import Scalings
 from ...routing import MixedBatch, current, wrong_length
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
+
+
+class Merged(NamedTuple):
+    """What was added to the base when an adapter was merged: its factors and scaling may have changed since."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    bias: Tensor | None  # what the base's bias got
 
 
 class LoraLayer(BaseTunerLayer):
@@ -43,6 +53,8 @@ class LoraLayer(BaseTunerLayer):
     fan_in_fan_out = False
     # the layer's number in its model's AdapterBank
     mixed_site: int = -1
+    # whether another module has the base's weight too (a tied lm_head): a merge gives this one a weight of its own
+    shares_weight: bool = False
 
     def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -57,6 +69,8 @@ class LoraLayer(BaseTunerLayer):
         self.lora_magnitude_vector = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
+        self._merged: dict[str, Merged] = {}
+        self._tied_weight: list[nn.Parameter] = []  # the weight that is shared, while a merge has taken its place
         self.use_dora: dict[str, bool] = {}
         self.use_rslora: dict[str, bool] = {}
         self.lora_bias: dict[str, bool] = {}
@@ -102,7 +116,8 @@ class LoraLayer(BaseTunerLayer):
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Draw the adapter's weights anew, as `LoraConfig.init_lora_weights` says; see `init.init_lora_weights`."""
-        init.init_lora_weights(self, adapter_name, init_lora_weights)
+        with self.taken_out(adapter_name):
+            init.init_lora_weights(self, adapter_name, init_lora_weights)
 
     # --------------------------------------------------------------------------------------------- mixed batches
     def mixed_entry(self, name: str) -> tuple[Tensor, Tensor, float] | None:
@@ -150,13 +165,15 @@ class LoraLayer(BaseTunerLayer):
         if adapter in self.lora_alpha:
             r = self.r[adapter]
             divisor = math.sqrt(r) if self.use_rslora[adapter] else r
-            self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
+            with self.taken_out(adapter):
+                self.scaling[adapter] = scale * self.lora_alpha[adapter] / divisor
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of every active adapter by `scale`."""
         for adapter in self.active_adapters:
             if adapter in self.scaling:
-                self.scaling[adapter] *= scale
+                with self.taken_out(adapter):
+                    self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scaling of every active adapter by `scale`; None sets it back to the one from its config."""
@@ -166,16 +183,19 @@ class LoraLayer(BaseTunerLayer):
             if scale is None:
                 self.set_scale(adapter, 1)
             else:
-                self.scaling[adapter] /= scale
+                with self.taken_out(adapter):
+                    self.scaling[adapter] /= scale
 
     # ---------------------------------------------------------------------------------------------------- merging
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the base weight, in the base weight's layout and the adapter's dtype."""
-        a, b = self._factors(adapter)
+        return self._delta(*self._factors(adapter), self.scaling[adapter])
+
+    def _delta(self, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         # products of halves are slow on some CPUs, and rounding once is better than twice
         widened = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
         delta = self._product(a.float(), b.float()) if widened else self._product(a, b)
-        return (delta * self.scaling[adapter]).to(b.dtype)
+        return (delta * scaling).to(b.dtype)
 
     def _factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """The adapter's A and B."""
@@ -200,26 +220,44 @@ class LoraLayer(BaseTunerLayer):
                 self._merge_one(name, safe_merge)
                 self.merged_adapters.append(name)
 
+    @contextmanager
+    def taken_out(self, adapter: str) -> Iterator[None]:
+        """Around a change of an adapter's weights or scaling: what is merged is taken out, and merged again after."""
+        names = list(self.merged_adapters)
+        if adapter not in names:
+            yield
+            return
+        self.unmerge()
+        try:
+            yield
+        finally:
+            self.merge(adapter_names=names)
+
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         base_layer: Any = self.get_base_layer()
         self._check_mergeable(base_layer, name)
-        weight, delta = self._read_weight(base_layer), self.get_delta_weight(name).detach()
-        bias = base_layer.bias.data if self.lora_bias[name] else None
-        if not safe_merge:
+        a, b = (factor.detach() for factor in self._factors(name))
+        delta_bias = self._delta_bias(name) if self.lora_bias[name] else None
+        merged = Merged(a.clone(), b.clone(), self.scaling[name], delta_bias)
+        weight, delta = self._read_weight(base_layer), self._delta(*merged[:3])
+        bias = None if delta_bias is None else base_layer.bias.data
+        if not safe_merge and not self.shares_weight:
             weight += delta
             if bias is not None:
-                bias += self._delta_bias(name)
+                bias += delta_bias
         else:
             weight = weight + delta.to(weight.dtype)
-            finite = torch.isfinite(weight).all()
-            if bias is not None:
-                bias = (bias + self._delta_bias(name)).to(bias.dtype)
-                finite &= torch.isfinite(bias).all()
-            if not finite:
+            bias = None if bias is None else (bias + delta_bias).to(bias.dtype)
+            if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-        self._write_weight(base_layer, weight)
+        if self.shares_weight and not self._tied_weight:
+            self._tied_weight.append(base_layer.weight)
+            base_layer.weight = nn.Parameter(weight, requires_grad=base_layer.weight.requires_grad)
+        else:
+            self._write_weight(base_layer, weight)
         if bias is not None:
             base_layer.bias.data = bias
+        self._merged[name] = merged
 
     def _read_weight(self, base_layer: Any) -> Tensor:
         """The base weight as plain numbers: the weight itself, or a copy where it is kept otherwise."""
@@ -239,6 +277,13 @@ class LoraLayer(BaseTunerLayer):
             )
         if self.lora_bias[name] and getattr(base_layer, "bias", None) is None:
             raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        if "weight" not in base_layer._parameters and isinstance(base_layer, nn.Linear | nn.Embedding | _CONVOLUTIONS):
+            raise ValueError(
+                f"Cannot merge adapter {name!r} into a {type(base_layer).__name__} whose weight is made anew in every "
+                "forward (a parametrization, weight_norm): what is added to it would be lost. Remove the "
+                "parametrization first (torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter "
+                "unmerged"
+            )
 
     def _delta_bias(self, name: str) -> Tensor:
         lora_B: Any = self.lora_B[name]
@@ -251,14 +296,19 @@ class LoraLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         base_layer: Any = self.get_base_layer()
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            if name not in self.scaling:  # deleted since
-                continue
-            weight = self._read_weight(base_layer)
-            weight -= self.get_delta_weight(name).detach().to(weight.dtype)
-            self._write_weight(base_layer, weight)
-            if self.lora_bias[name]:
-                base_layer.bias.data -= self._delta_bias(name)
+            merged = self._merged.pop(self.merged_adapters.pop())
+            if not self._tied_weight:
+                weight = self._read_weight(base_layer)
+                a, b = merged.a.to(weight.device), merged.b.to(weight.device)
+                weight -= self._delta(a, b, merged.scaling).to(weight.dtype)
+                self._write_weight(base_layer, weight)
+            if merged.bias is not None:
+                base_layer.bias.data -= merged.bias.to(base_layer.bias.device)
+        if self._tied_weight:
+            base_layer.weight = self._tied_weight.pop()
+
+
+_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def check_not_merged(layers: Iterable[LoraLayer]) -> None:

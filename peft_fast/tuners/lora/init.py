@@ -45,6 +45,12 @@ def init_lora_weights(layer: Any, adapter_name: str, method: bool | str) -> None
         nn.init.zeros_(b.bias)
 
 
+def changes_base(method: bool | str) -> bool:
+    """Whether an initialisation takes its values out of the base weights."""
+    name = method.lower() if isinstance(method, str) else ""
+    return name in ("olora", "pissa") or bool(_PISSA_NITER.fullmatch(name))
+
+
 def check_init(base_layer: Any, method: bool | str) -> None:
     """Raises what `init_lora_weights` would for a layer over this base; to be asked before any base is changed."""
     if isinstance(method, bool) or method.lower() == "gaussian" or isinstance(base_layer, nn.Embedding):

@@ -104,9 +104,10 @@ class Linear(_LoraModule):
         modules: Any = self._modules
         base_layer, present = modules["base_layer"], modules["lora_A"]._modules
         result: Tensor | None = None
-        if not self._disable_adapters and not self.merged_adapters:
+        if not self._disable_adapters:
+            merged = self.merged_adapters
             for name in self.active_adapters:
-                if name not in present:
+                if name not in present or name in merged:
                     continue
                 adapter = self._plain_adapter(x, name)
                 if result is None:
@@ -119,7 +120,7 @@ class Linear(_LoraModule):
                     result = (result + self._low_rank(x, name)).to(result.dtype)
                 else:
                     result = _update(result, x, adapter)
-        elif self._disable_adapters and self.merged_adapters:
+        elif self.merged_adapters:
             self.unmerge()
         return self._run_base(x, *args, **kwargs) if result is None else result
 
@@ -143,9 +144,11 @@ class Linear(_LoraModule):
             return None
         p = 0.0
         if type(dropout) is not nn.Identity:
-            if type(dropout) is not nn.Dropout or dropout.p >= 1:
+            if not _is_plain(dropout, nn.Dropout) or dropout.p >= 1:
                 return None
             p = dropout.p if dropout.training else 0.0
+        elif not _is_plain(dropout, nn.Identity):
+            return None
         a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
         if type(a) not in _TENSORS or type(b) not in _TENSORS or a.dtype.itemsize == 1:
             return None
@@ -163,7 +166,8 @@ class Linear(_LoraModule):
         a, b = lora_A._parameters["weight"], lora_B._parameters["weight"]
         if lora_B._parameters["bias"] is not None or type(a) not in _TENSORS or type(b) not in _TENSORS:
             return None
-        if a.dtype.itemsize == 1 or modules["lora_dropout"]._modules[name].training:
+        dropout = modules["lora_dropout"]._modules[name]
+        if a.dtype.itemsize == 1 or dropout.training or not _is_plain(dropout, type(dropout)):
             return None
         return a, b, self.scaling[name]
 
@@ -247,11 +251,11 @@ class Embedding(_LoraModule):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters or self.merged_adapters:
+        if self._disable_adapters:
             return result
         dtype, embed_scale = result.dtype, self._embed_scale()
         for name in self.active_adapters:
-            if name in self.lora_embedding_A:
+            if name in self.lora_embedding_A and name not in self.merged_adapters:
                 a, b = self._factors(name)
                 update = (self._embed(x, a.T) @ b.T) * self.scaling[name]
                 result = result + (update if embed_scale is None else update * embed_scale.to(update.dtype))
@@ -278,6 +282,8 @@ class Embedding(_LoraModule):
 class _ConvNd(_LoraModule):
     """LoRA on a convolution: A is a convolution of the base's geometry to R channels, B one of kernel size 1.
 
+    A pads as the base does (`padding_mode`): only so is it what merging adds. PEFT's A always pads with zeros.
+
     Raises: ValueError if r is no multiple of the base's groups.
     """
 
@@ -295,8 +301,9 @@ class _ConvNd(_LoraModule):
             )
         kind: Any = type(self).conv
         self.lora_A[adapter_name] = kind(
-            self.in_features, r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False
-        )
+            self.in_features, r, base.kernel_size, base.stride, base.padding, base.dilation, bias=False,
+            padding_mode=base.padding_mode,
+        )  # fmt: skip
         self.lora_B[adapter_name] = kind(r, self.out_features, 1, groups=base.groups, bias=config.lora_bias)
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -315,11 +322,11 @@ class _ConvNd(_LoraModule):
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         result: Tensor = self.base_layer(x, *args, **kwargs)
-        if self._disable_adapters or self.merged_adapters:
+        if self._disable_adapters:
             return result
         dtype = result.dtype
         for name in self.active_adapters:
-            if name in self.lora_A:
+            if name in self.lora_A and name not in self.merged_adapters:
                 result = result + self._low_rank(x, name)
         return result.to(dtype)
 

@@ -11,7 +11,7 @@ from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPIN
 from ...utils.other import ModulesToSaveWrapper, _freeze_adapter
 from ..tuners_utils import BaseTuner, get_pattern_key
 from .bnb import dispatch_quantized
-from .init import check_init
+from .init import changes_base, check_init
 from .layer import LoraLayer, dispatch_default
 from .mixed_model import MixedBatches
 from .tensor_parallel import split_like_base
@@ -30,6 +30,18 @@ class LoraModel(MixedBatches, BaseTuner):
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # -------------------------------------------------------------------------------------------------- injection
+    def _check_new_adapter_config(self, config: Any) -> None:
+        """As `BaseTuner`. Raises: ValueError for an initialisation that takes its values out of the base weights, where
+        other adapters use them."""
+        super()._check_new_adapter_config(config)
+        others = [name for name, other in self.peft_config.items() if other is not config]
+        if others and changes_base(getattr(config, "init_lora_weights", True)):
+            raise ValueError(
+                f"init_lora_weights={config.init_lora_weights!r} changes the base weights, which the adapters "
+                f"{', '.join(sorted(others)[:3])} use as well: load it onto a base model of its own, or save it as "
+                "plain LoRA (save_pretrained(..., path_initial_model_for_weight_conversion=DIR))"
+            )
+
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         if getattr(peft_config, "layer_replication", None):
             raise ValueError("layer_replication is not supported by peft_fast yet; leave it at None")
