@@ -30,7 +30,7 @@ def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
 
 
 CANDIDATES = candidates("mixed_gemm", [
-    # few rows: many programs, to stream w; blocks of 32 ranks would spill under triton 3.6
+    # few rows: many programs, to stream w; with blocks of 32 ranks they would spill under triton 3.6
     Candidate(_blocks(16, 16, 256, 16), 4, 4, CUDA, default_to=16),  # 256 programs at N = 4096
     Candidate(_blocks(16, 32, 128, 16), 4, 5, CUDA, default_to=32),
     Candidate(_blocks(64, 64, 64), 4, 3, HOPPER),
@@ -39,7 +39,7 @@ CANDIDATES = candidates("mixed_gemm", [
     Candidate(_blocks(128, 128, 64), 8, 3, CUDA, default_to=ALWAYS),
     Candidate(_blocks(64, 64, 32, 16), 4, 2, SMALL, default_to=ALWAYS),
     Candidate(_blocks(32, 64, 32, 16), 4, 2, ("sm_80", "sm_90", "gfx942"), 4, default_to=ALWAYS),
-    Candidate(_blocks(32, 64, 32), 8, 2, ("sm_100",), 4, default_to=ALWAYS),
+    Candidate(_blocks(32, 32, 32, 16), 4, 2, ("sm_100",), 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
