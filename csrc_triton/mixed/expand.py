@@ -22,7 +22,6 @@ from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 CANDIDATES = candidates("mixed_expand", [
-    Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=32), 4, 2, ("sm_90",), default_to=512),
     Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=32), 8, 2, CUDA, default_to=512),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, LARGEST_R=32), 8, 2, HOPPER),
     Candidate(dict(BLOCK_M=64, BLOCK_N=128, LARGEST_R=32), 8, 2, ("sm_80", "sm_90"), default_to=ALWAYS),
