@@ -64,6 +64,27 @@ kernels = (_lora_shrink_kernel, _lora_gemm_kernel)
 print(json.dumps([len(kernel.device_caches[0][0]) for kernel in kernels]))
 """
 
+MIXED = """
+import json
+import torch
+from absent_driver import install
+install()
+from csrc_triton.mixed.expand import _mixed_expand_kernel
+from csrc_triton.mixed.gemm import _mixed_gemm_kernel
+from csrc_triton.mixed.linear import lora_linear_mixed
+from csrc_triton.mixed.shrink import _mixed_shrink_kernel
+from peft_fast.ops.mixed_plan import mixed_plan
+
+addresses, ranks, scales = torch.zeros(8, 2, dtype=torch.int64), torch.zeros(8, dtype=torch.int32), torch.zeros(8)
+w = torch.zeros(256, 4096, dtype=torch.bfloat16)
+for M in range(1, 17):
+    x, plan = torch.zeros(M, 4096, dtype=torch.bfloat16), mixed_plan(torch.zeros(M, dtype=torch.int32), 8, 1)
+    for how in ("grouped", "split"):
+        lora_linear_mixed(x, w, None, addresses, ranks, scales, torch.bfloat16, 16, 0, *plan, how)
+kernels = (_mixed_shrink_kernel, _mixed_expand_kernel, _mixed_gemm_kernel)
+print(json.dumps([len(kernel.device_caches[0][0]) for kernel in kernels]))
+"""
+
 
 def test_a_generation_of_a_thousand_tokens_compiles_a_kernel_once(tmp_path: Path) -> None:
     assert json.loads(run(DECODING, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1]) == [1, 1]
@@ -71,3 +92,7 @@ def test_a_generation_of_a_thousand_tokens_compiles_a_kernel_once(tmp_path: Path
 
 def test_the_number_of_rows_compiles_nothing_anew(tmp_path: Path) -> None:
     assert json.loads(run(PREFILLS, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1]) == [1, 1]
+
+
+def test_the_number_of_rows_of_a_mixed_batch_compiles_nothing_anew(tmp_path: Path) -> None:
+    assert json.loads(run(MIXED, TRITON_CACHE_DIR=str(tmp_path)).splitlines()[-1]) == [1, 1, 1]

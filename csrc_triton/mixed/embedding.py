@@ -29,7 +29,7 @@ def _mixed_embedding_kernel(
 ):  # fmt: skip
     """One program gathers up to BLOCK_M rows of one adapter."""
     slot, rank, rows, mask_m = block_rows(blocks_ptr, order_ptr, ranks_ptr, tl.program_id(0), PARTS, BLOCK_M)
-    a_ptr = adapter(addresses_ptr, slot, rank, 0, DTYPE)
+    a_ptr = adapter(addresses_ptr, slot, 0, DTYPE)
     ids = tl.load(ids_ptr + rows, mask=mask_m, other=-1).to(tl.int64)
     known = (ids >= 0) & (ids < V)
     offs_r = tl.arange(0, BLOCK_R)

@@ -22,18 +22,18 @@ from ..common.tuning import ALWAYS, ARCHS, CUDA, HOPPER, SMALL, Candidate, block
 from .table import DTYPES, adapter, block_rows, load_b, load_s, padded
 
 CANDIDATES = candidates("mixed_expand", [
-    Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=32), 4, 2, ("sm_80", "sm_90"), default_to=512),
     Candidate(dict(BLOCK_M=16, BLOCK_N=128, LARGEST_R=32), 8, 2, CUDA, default_to=512),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, LARGEST_R=32), 8, 2, HOPPER),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128, LARGEST_R=32), 8, 2, CUDA, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128, LARGEST_R=32), 8, 2, ("sm_80", "sm_90"), default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=32), 8, 2, ("sm_100",), default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, LARGEST_R=32), 4, 2, SMALL, default_to=512),
     Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=32), 4, 2, SMALL, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, LARGEST_R=32), 4, 2, ARCHS, 4, default_to=512),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=32), 8, 2, ARCHS, 4, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=64, LARGEST_R=16), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["P"])
 def _mixed_expand_kernel(
     planes_ptr, blocks_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, y_ptr,
     P, N, stride_pp, stride_pm, stride_ym,
@@ -42,13 +42,16 @@ def _mixed_expand_kernel(
 ):  # fmt: skip
     """One program adds to up to BLOCK_M rows of one adapter, BLOCK_N columns."""
     slot, rank, rows, mask_m = block_rows(blocks_ptr, order_ptr, ranks_ptr, tl.program_id(0), PARTS, BLOCK_M)
-    b_ptr, stride_bn = adapter(addresses_ptr, slot, rank, 1, DTYPE), padded(rank)
-    scale = tl.load(scales_ptr + slot, mask=rank > 0, other=0.0)
+    b_ptr, stride_bn = adapter(addresses_ptr, slot, 1, DTYPE), padded(rank)
+    scale = tl.load(scales_ptr + slot, mask=slot >= 0, other=0.0)
     offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
     planes_ptrs = planes_ptr + rows[:, None] * stride_pm + offs_r[None, :]
     b_ptrs = b_ptr + offs_r[:, None] + offs_n[None, :] * stride_bn
+    y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    y = tl.load(y_ptrs, mask=mask_y, other=0.0)  # before the products, so that all data is waited for at once
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for r in range(0, rank, BLOCK_R):
@@ -56,11 +59,7 @@ def _mixed_expand_kernel(
         s = load_s(planes_ptrs + r, mask_m, r + offs_r, rank, stride_bn, P, stride_pp, scale, X_DTYPE)
         b = load_b(b_ptrs + r, r + offs_r, rank, stride_bn, mask_n).to(X_DTYPE)
         acc = tl.dot(s, b, acc, input_precision="ieee")
-
-    y_ptrs = y_ptr + rows[:, None] * stride_ym + offs_n[None, :]
-    mask_y = mask_m[:, None] & mask_n[None, :]
-    acc += tl.load(y_ptrs, mask=mask_y, other=0.0).to(tl.float32)
-    tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+    tl.store(y_ptrs, (acc + y.to(tl.float32)).to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
 def mixed_expand(

@@ -30,20 +30,20 @@ def _blocks(m: int, n: int, k: int, largest_r: int = 32) -> dict[str, int]:
 
 
 CANDIDATES = candidates("mixed_gemm", [
-    Candidate(_blocks(16, 32, 128), 4, 4, ("sm_90",), default_to=32),
-    Candidate(_blocks(16, 32, 128, 16), 4, 4, ("sm_100",), default_to=32),
-    Candidate(_blocks(16, 64, 128), 4, 4, AMPERE, default_to=32),
+    # few rows: many programs, to stream w; with blocks of 32 ranks they would spill under triton 3.6
+    Candidate(_blocks(16, 16, 256, 16), 4, 4, CUDA, default_to=16),  # 256 programs at N = 4096
+    Candidate(_blocks(16, 32, 128, 16), 4, 5, CUDA, default_to=32),
     Candidate(_blocks(64, 64, 64), 4, 3, HOPPER),
     Candidate(_blocks(64, 128, 64), 8, 4, HOPPER, default_to=512),
     Candidate(_blocks(64, 128, 64, 16), 8, 3, AMPERE, default_to=512),
     Candidate(_blocks(128, 128, 64), 8, 3, CUDA, default_to=ALWAYS),
     Candidate(_blocks(64, 64, 32, 16), 4, 2, SMALL, default_to=ALWAYS),
     Candidate(_blocks(32, 64, 32, 16), 4, 2, ("sm_80", "sm_90", "gfx942"), 4, default_to=ALWAYS),
-    Candidate(_blocks(32, 64, 32), 8, 2, ("sm_100",), 4, default_to=ALWAYS),
+    Candidate(_blocks(32, 32, 32, 16), 4, 2, ("sm_100",), 4, default_to=ALWAYS),
 ])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "P", "L"])
 def _mixed_gemm_kernel(
     x_ptr, w_ptr, bias_ptr, planes_ptr, slots_ptr, order_ptr, addresses_ptr, ranks_ptr, scales_ptr, y_ptr,
     M, N, K, P, L,
@@ -60,6 +60,8 @@ def _mixed_gemm_kernel(
     position = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = position < M
     rows = tl.load(order_ptr + position, mask=mask_m, other=0).to(tl.int64)
+    slots = tl.load(slots_ptr + rows, mask=mask_m, other=-1)  # early: here nothing waits for them
+    slots = tl.where(slots < 0, L, slots)  # rows without an adapter come last
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     mask_n = offs_n < N
@@ -75,13 +77,11 @@ def _mixed_gemm_kernel(
         x_ptrs += BLOCK_K * stride_xk
         w_ptrs += BLOCK_K * stride_wk
 
-    slots = tl.load(slots_ptr + rows, mask=mask_m, other=-1)
-    slots = tl.where(slots < 0, L, slots)  # rows without an adapter come last
     slot = tl.min(slots, axis=0)
     while slot < L:
         mine = slots == slot
         rank = tl.load(ranks_ptr + slot)
-        b_ptr, stride_bn = adapter(addresses_ptr, slot, rank, 1, DTYPE), padded(rank)
+        b_ptr, stride_bn = adapter(addresses_ptr, slot, 1, DTYPE), padded(rank)
         scale = tl.load(scales_ptr + slot)
         planes_ptrs = planes_ptr + rows[:, None] * stride_pm + offs_r[None, :]
         b_ptrs = b_ptr + offs_r[:, None] + offs_n[None, :] * stride_bn

@@ -68,7 +68,7 @@ def _shrink_job(
 ):  # fmt: skip
     """As a program of shrink.py: up to BLOCK_J rows of one adapter, one of SPLIT parts of K."""
     slot, rank, rows, mask_m = block_rows(blocks_ptr, order_ptr, ranks_ptr, job // SPLIT, 1, BLOCK_J)
-    a_ptr = adapter(addresses_ptr, slot, rank, 0, DTYPE)
+    a_ptr = adapter(addresses_ptr, slot, 0, DTYPE)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     part = job % SPLIT
     columns_per_part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLIT) * BLOCK_K
@@ -124,7 +124,7 @@ def _tile(
         slot, first, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         rank = tl.load(ranks_ptr + slot)
         mine = (position >= first) & (position < first + count)
-        b_ptr, stride_bn = adapter(addresses_ptr, slot, rank, 1, DTYPE), padded(rank)
+        b_ptr, stride_bn = adapter(addresses_ptr, slot, 1, DTYPE), padded(rank)
         scale = tl.load(scales_ptr + slot)
         planes_ptrs = planes_ptr + rows[:, None] * stride_pm + offs_r[None, :]
         b_ptrs = b_ptr + offs_r[:, None] + offs_n[None, :] * stride_bn

@@ -44,7 +44,7 @@ def _mixed_shrink_kernel(
     """One program sums k_per_program columns of x for up to BLOCK_M rows of one adapter, BLOCK_R ranks at a time."""
     pid_k = tl.program_id(1)
     slot, rank, rows, mask_m = block_rows(blocks_ptr, order_ptr, ranks_ptr, tl.program_id(0), PARTS, BLOCK_M)
-    a_ptr = adapter(addresses_ptr, slot, rank, 0, DTYPE)
+    a_ptr = adapter(addresses_ptr, slot, 0, DTYPE)
     offs_k, offs_r = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_R)
     first = pid_k * k_per_program
     columns = (first + offs_k).to(tl.int64)

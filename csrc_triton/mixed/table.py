@@ -8,6 +8,9 @@
 A's rows are K elements apart, B's the rank rounded up to 8: with the alignment, loads are of 16 bytes (K a multiple of
 8). What fills B's rows up is read and thrown away. Rank 0 makes a program's loops empty and its masks false, so that
 unused blocks need no branch.
+
+A block's entry says all that these reads depend on: rows, rank, scale and addresses are asked for at once, also where
+the rank turns out to be 0. A program so waits for memory three times: for its entry, for these, for its data.
 """
 
 import torch
@@ -19,21 +22,21 @@ DTYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 @triton.jit
 def block_rows(blocks_ptr, order_ptr, ranks_ptr, pid, PARTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(slot, rank, rows (BLOCK_M,), their mask) of one of the PARTS of a block; rank 0 where there is nothing to do."""
+    """(slot, rank, rows (BLOCK_M,), their mask) of one of the PARTS of a block; rank 0: no work, slot -1: no rows."""
     entry = blocks_ptr + (pid // PARTS) * 3
     done = pid % PARTS * BLOCK_M
     slot, first, count = tl.load(entry), tl.load(entry + 1) + done, tl.load(entry + 2) - done
-    rank = tl.load(ranks_ptr + slot, mask=count > 0, other=0)
+    slot = tl.where(count > 0, slot, -1)
+    rank = tl.load(ranks_ptr + slot, mask=slot >= 0, other=0)
     offs = tl.arange(0, BLOCK_M)
-    mask = offs < tl.where(rank > 0, count, 0)
-    rows = tl.load(order_ptr + first + offs, mask=mask, other=0).to(tl.int64)
-    return slot, rank, rows, mask
+    rows = tl.load(order_ptr + first + offs, mask=offs < count, other=0).to(tl.int64)
+    return slot, rank, rows, offs < tl.where(rank > 0, count, 0)
 
 
 @triton.jit
-def adapter(addresses_ptr, slot, rank, WHICH: tl.constexpr, DTYPE: tl.constexpr):
+def adapter(addresses_ptr, slot, WHICH: tl.constexpr, DTYPE: tl.constexpr):
     """Pointer to A (WHICH 0) or B (WHICH 1) of a slot; not to be followed where the rank is 0."""
-    address = tl.load(addresses_ptr + slot * 2 + WHICH, mask=rank > 0, other=0)
+    address = tl.load(addresses_ptr + slot * 2 + WHICH, mask=slot >= 0, other=0)
     return tl.multiple_of(address.to(tl.pointer_type(DTYPE)), 16)
 
 

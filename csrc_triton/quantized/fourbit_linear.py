@@ -225,7 +225,7 @@ def _fourbit_mixed_kernel(
         slot, first, count = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
         rank = tl.load(ranks_ptr + slot)
         mine = (position >= first) & (position < first + count)
-        b_ptr, stride_bn = adapter(addresses_ptr, slot, rank, 1, DTYPE), padded(rank)
+        b_ptr, stride_bn = adapter(addresses_ptr, slot, 1, DTYPE), padded(rank)
         scale = tl.load(scales_ptr + slot)
         planes_ptrs = planes_ptr + rows[:, None] * stride_pm + offs_r[None, :]
         b_ptrs = b_ptr + offs_r[:, None] + offs_n[None, :] * stride_bn

@@ -105,6 +105,7 @@ class Jobs:
             if count > part * part_rows
         ]
         self.all = len(rows)
+        self.all_rows = sum(n for _, _, n in rows)
         self.live = [job for job in rows if job[1] > 0]
         self.slots = {slot for slot, _, _ in rows}
         self.ranks = {slot: rank for slot, rank, _ in self.live}
@@ -124,11 +125,11 @@ class Jobs:
 
 
 def block_tables(t: Launch, jobs: Jobs, parts: int, others: int) -> Elements:
-    """What programs read to know their rows and adapter; others: programs per part of a block."""
-    live = len(jobs.live) * others
+    """What programs read to know their rows and adapter, all at once; others: programs per part of a block."""
+    by_slot = (len(jobs.slots), jobs.all * others)
     return dict(
-        blocks=times(3 * t["blocks"].shape[0], parts * others), ranks=(len(jobs.slots), jobs.all * others),
-        order=times(jobs.rows, others), addresses=(len(jobs.ranks), live),
+        blocks=times(3 * t["blocks"].shape[0], parts * others), order=times(jobs.all_rows, others),
+        ranks=by_slot, addresses=by_slot,
     )  # fmt: skip
 
 
@@ -153,7 +154,7 @@ def mixed_expand_model(t: Launch) -> tuple[Elements, Elements]:
     P, N, BLOCK_M, PARTS = of(t, "P N BLOCK_M PARTS")
     jobs, tiles_n = Jobs(t, BLOCK_M, PARTS), t.grid[1]
     loads = block_tables(t, jobs, PARTS, tiles_n) | dict(
-        scales=(len(jobs.ranks), len(jobs.live) * tiles_n), planes=times(P * jobs.row_padded, tiles_n), B=jobs.b(N),
+        scales=(len(jobs.slots), jobs.all * tiles_n), planes=times(P * jobs.row_padded, tiles_n), B=jobs.b(N),
         y=times(jobs.rows * N, 1),
     )  # fmt: skip
     return loads, dict(y=times(jobs.rows * N, 1))
@@ -183,10 +184,10 @@ def mixed_gemm_model(t: Launch) -> tuple[Elements, Elements]:
     live, products = {slot for slot in used if ranks[slot]}, [slot for tile in tiles for slot in tile]
     adapters = [slot for slot in products if ranks[slot]]
     scratch = P * sum(padded(ranks[slot]) for slot in slots if slot >= 0)
+    by_slot = (len(used), len(products) * tiles_n)
     loads = dict(
         order=times(M, tiles_n), slots=times(M, tiles_n), x=times(M * K, tiles_n), w=times(N * K, tiles_m),
-        bias=times(N, tiles_m), planes=times(scratch, tiles_n), ranks=(len(used), len(products) * tiles_n),
-        scales=(len(used), len(products) * tiles_n), addresses=(len(live), len(adapters) * tiles_n),
+        bias=times(N, tiles_m), planes=times(scratch, tiles_n), ranks=by_slot, scales=by_slot, addresses=by_slot,
         B=(sum(padded(ranks[slot]) for slot in live) * N, sum(padded(ranks[slot]) for slot in adapters) * N),
     )  # fmt: skip
     return loads, dict(y=times(M * N, 1))
@@ -199,8 +200,8 @@ def one_launch(t: Launch, programs: int, tiles: int) -> tuple[Elements, Elements
     loads = dict(
         blocks=(entries + 2 * jobs.all, entries * programs + 3 * jobs.all * (SPLIT + tiles)),
         ranks=(len(jobs.slots), jobs.all * (SPLIT + tiles)),
-        order=(M, jobs.rows * SPLIT + M * tiles),
-        addresses=(2 * len(jobs.ranks), len(jobs.live) * (SPLIT + tiles)),
+        order=(M, jobs.all_rows * SPLIT + M * tiles),
+        addresses=(2 * len(jobs.slots), jobs.all * (SPLIT + tiles)),
         scales=(len(jobs.slots), jobs.all * tiles),
         x=(M * K, M * K * tiles + jobs.x(K, BLOCK_R)), A=jobs.a(K), w=times(N * K, 1), bias=times(N, 1),
         planes=times(SPLIT * jobs.row_padded, tiles), B=jobs.b(N),
