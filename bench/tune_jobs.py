@@ -16,6 +16,7 @@ from .tune_case import SITES, Case, Setting, Size
 
 MS = (1, 16, 64, 256, 1024, 2048, 8192)
 TRAINED = tuple(M for M in MS if M >= 256)  # rows of a training step
+INT8_FEW_ROWS = 512  # FEW_ROWS of csrc_triton/quantized/int8_quantize.py
 FEW = tuple(M for M in MS if M <= 64)
 RANKS = (16, 64)
 QUANT_SITES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # (N, K) of q, k, up, down, one by one
@@ -75,7 +76,16 @@ JOBS = {
     "fourbit": Job(tune_quant.fourbit, _sizes((1,), QUANT_SITES, (1,)), [(1, 40, 64, 1)]),
     "fourbit_linear": Job(tune_quant.fourbit_linear, _sizes(FEW, QUANT_SITES), [(4, 40, 64, 16)]),
     "fourbit_mixed": Job(tune_quant.fourbit_mixed, _sizes(FEW, QUANT_SITES), [(4, 40, 64, 16)], all_rows=True),
-    "int8_quantize": Job(tune_quant.int8_quantize, _sizes(MS, [(0, K) for K in sorted(_QUANT_K)]), [(8, 0, 48, 16)]),
+    "int8_quantize": Job(
+        tune_quant.int8_quantize,
+        _sizes(tuple(M for M in MS if M >= INT8_FEW_ROWS), [(0, K) for K in sorted(_QUANT_K)]),
+        [(INT8_FEW_ROWS, 0, 48, 16)],
+    ),
+    "int8_quantize_rows": Job(
+        tune_quant.int8_quantize,
+        _sizes(tuple(M for M in MS if M < INT8_FEW_ROWS), [(0, K) for K in sorted(_QUANT_K)]),
+        [(8, 0, 48, 16)],
+    ),
     "int8_gemm": Job(tune_quant.int8_gemm, _sizes(MS, QUANT_SITES), [(8, 40, 48, 16)]),
     "prefix_fwd": Job(tune_prefix.prefix_fwd, _sizes(QUERIES, [(0, 0)], HEAD_SIZES), [(64, 0, 0, 16)]),
     "prefix_decode": Job(tune_prefix.prefix_decode, _sizes(DECODED, [(0, 0)], HEAD_SIZES), [(4, 0, 0, 16)]),

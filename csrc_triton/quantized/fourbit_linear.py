@@ -270,7 +270,7 @@ def fourbit_linear(
     if y.numel() == 0:
         return y
     config = config_for("fourbit_linear", x, M, N, K, R)
-    config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
+    config = config | dict(BLOCK_K=min(config["BLOCK_K"], blocksize))
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
     launch(
         _fourbit_linear_kernel, (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"])), (
@@ -298,7 +298,7 @@ def fourbit_mixed(
     if y.numel() == 0:
         return y
     config = config_for("fourbit_mixed", x, M, N, K, max_rank)
-    config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
+    config = config | dict(BLOCK_K=min(config["BLOCK_K"], blocksize))
     BLOCK_R = block_r(max_rank, config["LARGEST_R"])
     planes = x.new_empty((config["SPLIT"], M, max_rank), dtype=torch.float32)
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)

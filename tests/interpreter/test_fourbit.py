@@ -186,6 +186,14 @@ class TestLinear:
         K = max(blocksize, 96 if blocksize == 32 else 256)
         check_linear(Quantized(40, K, blocksize, 4), *draw_linear(5, 40, K, 4, torch.bfloat16))
 
+    def test_small_blocks_leave_the_configuration_of_others_alone(self):
+        from csrc_triton.common.tuning import config_for
+
+        x, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16)
+        before = dict(config_for("fourbit_linear", x, 5, 40, 128, 4))
+        check_linear(Quantized(40, 128, 32), x, bias, a, b)
+        assert config_for("fourbit_linear", x, 5, 40, 128, 4) == before and before["BLOCK_K"] > 32
+
     def test_without_an_update_without_a_bias(self):
         weight = Quantized(40, 128)
         x, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16, torch.bfloat16)

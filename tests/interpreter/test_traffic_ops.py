@@ -251,8 +251,8 @@ class TestQuantized:
         with torch.no_grad(), counting() as launches:
             quantized_functional.lora_linear_int8(x, w, a, b, 2.0, bias if biased else None, threshold)
         case = QuantSiteCase("", K, N, M, kind="int8").bytes(lora=True)
-        assert kernels(launches) == ["int8_quantize", "int8_gemm"]
+        assert kernels(launches) == ["int8_quantize_rows", "int8_gemm"]
         assert_moved(
             launches, case, x_in_int8_written_and_read=2 * M * K, its_factors=2 * 4 * M,
-            s_written_and_read=2 * 2 * M * R, bias=2 * N * biased,
+            planes_of_s_written_and_read=8 * 2 * 4 * M * R, bias=2 * N * biased,
         )  # fmt: skip

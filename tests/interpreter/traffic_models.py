@@ -282,11 +282,18 @@ def int8_quantize_model(t: Launch) -> tuple[Elements, Elements]:
     return loads, dict(q=times(M * K, 1), absmax=times(M, 1), s=times(M * R, 1))
 
 
+def int8_quantize_rows_model(t: Launch) -> tuple[Elements, Elements]:
+    """x once for q and once per block of ranks for s, whose planes are all written."""
+    M, K, R, BLOCK_M, BLOCK_R, SPLIT = of(t, "M K R BLOCK_M BLOCK_R SPLIT")
+    loads = dict(x=times(M * K, cdiv(R, BLOCK_R) + 1), a=times(R * K, cdiv(M, BLOCK_M)))
+    return loads, dict(q=times(M * K, 1), absmax=times(M, 1), planes=times(SPLIT * M * R, 1))
+
+
 def int8_gemm_model(t: Launch) -> tuple[Elements, Elements]:
-    M, N, K, R, BLOCK_M, BLOCK_N = of(t, "M N K R BLOCK_M BLOCK_N")
+    M, N, K, R, P, BLOCK_M, BLOCK_N = of(t, "M N K R P BLOCK_M BLOCK_N")
     tiles_m, tiles_n = cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)
     loads = dict(
-        q=times(M * K, tiles_n), absmax=times(M, tiles_n), s=times(M * R, tiles_n), w=times(N * K, tiles_m),
+        q=times(M * K, tiles_n), absmax=times(M, tiles_n), planes=times(P * M * R, tiles_n), w=times(N * K, tiles_m),
         w_absmax=times(N, tiles_m), b=times(N * R, tiles_m), bias=times(N, tiles_m),
     )  # fmt: skip
     return loads, dict(y=times(M * N, 1))
