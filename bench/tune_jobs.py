@@ -75,6 +75,7 @@ JOBS = {
     "mixed_one_launch": Job(tune_mixed.mixed_one_launch, _sizes(FEW, SITES), [(8, 40, 48, 16)], all_rows=True),
     "fourbit": Job(tune_quant.fourbit, _sizes((1,), QUANT_SITES, (1,)), [(1, 40, 64, 1)]),
     "fourbit_linear": Job(tune_quant.fourbit_linear, _sizes(FEW, QUANT_SITES), [(4, 40, 64, 16)]),
+    "fourbit_decode": Job(tune_quant.fourbit_decode, _sizes((1, 16), QUANT_SITES), [(4, 40, 64, 16)]),
     "fourbit_mixed": Job(tune_quant.fourbit_mixed, _sizes(FEW, QUANT_SITES), [(4, 40, 64, 16)], all_rows=True),
     "int8_quantize": Job(
         tune_quant.int8_quantize,

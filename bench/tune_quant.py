@@ -3,6 +3,7 @@
 A weight of random bytes is as good as another: bitsandbytes is not needed here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256
 
 def _draw_4bit(on: Setting, N: int, K: int) -> tuple[Tensor, ...]:
     """packed, code, absmax and its code, absmax and offset: NF4, double quantization. Any bytes are a weight."""
-    from csrc_triton.quantized.fourbit_linear import NF4
+    from csrc_triton.quantized.fourbit_codes import NF4
 
     blocks, device = N * K // _BLOCKSIZE, on.device
     return (
@@ -48,14 +49,25 @@ def fourbit(on: Setting, size: Size) -> Case:
 
 
 def fourbit_linear(on: Setting, size: Size) -> Case:
-    from csrc_triton.quantized.fourbit import Nested
     from csrc_triton.quantized.fourbit_linear import fourbit_linear
+
+    return _one_adapter(on, size, fourbit_linear)
+
+
+def fourbit_decode(on: Setting, size: Size) -> Case:
+    from csrc_triton.quantized.fourbit_decode import fourbit_decode
+
+    return _one_adapter(on, size, fourbit_decode)
+
+
+def _one_adapter(on: Setting, size: Size, product: Callable[..., Tensor]) -> Case:
+    from csrc_triton.quantized.fourbit import Nested
 
     M, N, K, R = size
 
     def run(x: Tensor, a: Tensor, b: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Tensor:
         double = Nested(*nested, _NESTED_BLOCKSIZE)
-        return fourbit_linear(x, packed, code, absmax, _BLOCKSIZE, N, "nf4", double, None, a, b, SCALING)
+        return product(x, packed, code, absmax, _BLOCKSIZE, N, "nf4", double, None, a, b, SCALING)
 
     def formula(D: torch.dtype, x: Tensor, a: Tensor, b: Tensor, *weight: Tensor) -> Tensor:
         x = x.to(D)

@@ -63,9 +63,11 @@ def test_a_row_is_found_where_it_was_measured(kernels, kernel, monkeypatch):
     assert found == list(range(len(job.sizes)))
 
 
-def test_every_default_is_offered_on_every_architecture(kernels):
+def test_every_default_is_offered_on_every_architecture_that_has_the_kernel(kernels):
     for kernel, job in tune_jobs.JOBS.items():
         for arch in tuning.ARCHS:
+            if not any(arch in candidate.archs for candidate in kernels[kernel]):
+                continue  # its launcher asks for the architecture before it takes the kernel
             on = SimpleNamespace(arch=arch, dtype=torch.bfloat16)
             for size in job.sizes:
                 M, *_, R = size

@@ -21,7 +21,7 @@ from triton.runtime.jit import KernelInterface
 
 from csrc_triton.common import aot
 from csrc_triton.lora import linear as lora_linear
-from csrc_triton.quantized import fourbit, fourbit_linear, int8_linear, int8_quantize
+from csrc_triton.quantized import fourbit, fourbit_decode, fourbit_linear, int8_linear, int8_quantize
 from peft_fast.ops import functional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,6 +202,17 @@ def test_fourbit_linear_and_mixed(M, N, K, R, tiles, nested, force):
             *stored, bias, *tables, plan.order, plan.blocks, plan.block_rows, plan.counters[0]
         )  # fmt: skip
     assert check(launches) == ["fourbit_linear", "fourbit_linear", "fourbit_mixed"]
+
+
+@pytest.mark.parametrize("nested", [None, 4])
+@pytest.mark.parametrize("M, N, K, R", [(3, 33, 128, 5), (16, 70, 1344, 20)])
+def test_fourbit_decode(M, N, K, R, nested):
+    weight, (x, _, a, b, bias) = Quantized(N, K, 64, nested), make(M, N, K, R, BF16, device=DEVICE)
+    stored = x, *weight.stored, N, weight.quant_type, weight.nested
+    with counting() as launches:
+        fourbit_decode.fourbit_decode(*stored, bias, a, b, 2.0)
+        fourbit_decode.fourbit_decode(*stored)
+    assert check(launches) == ["fourbit_decode", "fourbit_finish"] * 2
 
 
 @pytest.mark.parametrize("few_rows, quantize", [(512, "int8_quantize_rows"), (0, "int8_quantize")])
