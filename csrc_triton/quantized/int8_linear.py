@@ -29,7 +29,6 @@ def _blocks(m: int, n: int, k: int, largest_r: int = 64) -> dict[str, int]:
 
 GEMM_CANDIDATES = candidates("int8_gemm", [
     Candidate(_blocks(16, 16, 256), 4, 4, CUDA, default_to=16),  # 256 programs at N = 4096: two a multiprocessor
-    Candidate(_blocks(16, 32, 256), 4, 4, CUDA),
     Candidate(_blocks(32, 32, 256), 4, 3, CUDA, default_to=32),
     Candidate(_blocks(64, 64, 128, 32), 4, 3, CUDA, default_to=256),  # planes of 64 ranks would spill on sm_100
     Candidate(_blocks(128, 128, 64), 8, 3, CUDA, default_to=ALWAYS),
