@@ -33,8 +33,8 @@ def kernels():
 def test_every_kernel_with_candidates_has_a_job_and_each_size_a_row_of_its_own(kernels):
     for shapes in (LLAMA_8B, TINY):
         found = jobs(shapes)
-        assert {job.kernel for job in found} == set(kernels)
-        for kernel in kernels:
+        assert {job.kernel for job in found} == set(kernels) - ({"int8_quantize"} if shapes is TINY else set())
+        for kernel in {job.kernel for job in found}:
             sizes = [size for job in found if job.kernel == kernel for size in job.sizes]
             keys = {(M, N, K, tuning.block_r(R)) for M, N, K, R in sizes}
             assert len(keys) == len(sizes) > 0, kernel
@@ -76,9 +76,11 @@ def test_a_row_is_found_where_it_was_measured(kernels, kernel, monkeypatch):
     assert found == list(range(len(sizes)))
 
 
-def test_every_default_is_offered_on_every_architecture(kernels):
+def test_every_default_is_offered_on_every_architecture_that_has_the_kernel(kernels):
     for job in JOBS:
         for arch in tuning.ARCHS:
+            if not any(arch in candidate.archs for candidate in kernels[job.kernel]):
+                continue  # its launcher asks for the architecture before it takes the kernel
             on = SimpleNamespace(arch=arch, dtype=torch.bfloat16, dry=False)
             for size in job.sizes:
                 M, *_, R = size

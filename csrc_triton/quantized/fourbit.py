@@ -24,11 +24,13 @@ from ..common.aot import AotCase, case
 from ..common.launch import launch
 from ..common.tuning import ALWAYS, Candidate, candidates, cdiv, config_for
 
-# Elements per program; at 8 elements a thread loads 4 bytes and stores 16 (of 16-bit elements).
+# Elements per program. At 32 elements a thread loads 16 bytes and stores four times 16 (of 16-bit elements); at 8, a
+# load is of 4 bytes, and a large weight takes so many programs that starting them takes as long as copying.
 CANDIDATES = candidates("fourbit", [
-    Candidate(dict(BLOCK_E=1024), 4, 1, default_to=ALWAYS),
-    Candidate(dict(BLOCK_E=2048), 8, 1),
+    Candidate(dict(BLOCK_E=4096), 4, 1, default_to=ALWAYS),
+    Candidate(dict(BLOCK_E=8192), 8, 1),
     Candidate(dict(BLOCK_E=4096), 8, 1),
+    Candidate(dict(BLOCK_E=1024), 4, 1),
     Candidate(dict(BLOCK_E=1024), 4, 1, itemsize=4, default_to=ALWAYS),
     Candidate(dict(BLOCK_E=1024), 8, 1, itemsize=4),
 ])  # fmt: skip

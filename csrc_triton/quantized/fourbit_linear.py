@@ -12,15 +12,12 @@ w never exists: nibbles become codes in registers, and an absmax is multiplied o
 so a block must not straddle rows (``fits``). Computed as y.T = w @ x.T: w is then the operand that tensor cores take
 from registers. A byte holds neighbours in K; instead of interleaving them, even and odd columns are two products.
 
-Decoding: what the integer units can do while the bytes arrive is about 3 operations per weight. NVIDIA's prmt looks
-four nibbles up at once in a table of 8 bytes (``prmt_decoder``); elsewhere, and for fp32, the table is read from L1.
+How nibbles become codes: fourbit_codes.py. At most 16 rows with one adapter are better served by fourbit_decode.py.
 Codes are rounded to the dtype of x, where dequantizing rounds their product with the absmax: as accurate, other bits.
 Accumulates in fp32. Traffic: N*K/2 bytes + the absmax + M*K elements, R*K per program from L2.
 arXiv:2305.14314, arXiv:2106.09685.
-Over 350 lines: two kernels that share the decoder, the step over a block, the checks and the table of cases.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -35,14 +32,9 @@ from ..mixed.linear import lora_linear_mixed
 from ..mixed.one_launch import _shrink_job
 from ..mixed.table import DTYPES, adapter, load_b, load_s, padded
 from .fourbit import Nested, dequantize, load_absmax, nested_of
+from .fourbit_codes import decode, prmt, prmt_for
+from .fourbit_decode import decodes, fourbit_decode
 
-NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
-FP4 = (0.0, 0.0052083333, 0.66666667, 1.0, 0.33333333, 0.5, 0.16666667, 0.25)
-CODES = {"nf4": NF4, "fp4": (*FP4, *(-code for code in FP4))}
 MAX_M, MAX_RANK = 64, 128
 AMD = ("gfx942",)
 
@@ -70,53 +62,6 @@ MIXED_CANDIDATES = candidates("fourbit_mixed", [
     Candidate(_blocks(64, 16, 64, LARGEST_R=16, SPLIT=4), 4, 2, AMD, default_to=ALWAYS),
     Candidate(_blocks(64, 16, 32, LARGEST_R=16, SPLIT=4), 8, 2, ARCHS, 4, default_to=ALWAYS),
 ])  # fmt: skip
-
-
-def prmt_decoder(codes: tuple[float, ...], dtype: torch.dtype) -> str:
-    """PTX from 4 bytes to 8 codes of a 16-bit dtype: $0 and $1 of the high nibbles, $2 and $3 of the low ones.
-
-    A code's two bytes are looked up one by one. prmt chooses among 8 bytes by the lower three bits of a nibble: once
-    in the table's first half, once in its second; another prmt takes for each nibble the one its top bit says.
-    """
-    table = torch.tensor(codes).to(dtype).view(torch.uint8).view(16, 2).T.contiguous().view(torch.int32)
-    low, high = ([f"0x{word & 0xFFFFFFFF:08x}" for word in words] for words in table.tolist())
-
-    def four_nibbles(even: str, odd: str) -> list[str]:
-        lines = []
-        for name, words in (("low", low), ("high", high)):
-            lines += [
-                f"prmt.b32 first, {words[0]}, {words[1]}, index;",
-                f"prmt.b32 second, {words[2]}, {words[3]}, index;",
-                f"prmt.b32 {name}, first, second, half;",
-            ]
-        return [*lines, f"prmt.b32 {even}, low, high, 0x7351;", f"prmt.b32 {odd}, low, high, 0x6240;"]
-
-    lines = [
-        ".reg .b32 index, half, first, second, low, high, even, odd;",
-        "and.b32 index, $4, 0x77777777;",
-        "shr.b32 half, $4, 1;",
-        "lop3.b32 half, half, 0x44444444, 0x32103210, 0xea;",  # (half & 4s) | 3210: byte i of the first or second
-        *four_nibbles("even", "odd"),  # not yet $0 and $2, which may be the register of $4
-        "shr.b32 index, index, 16;",
-        "shr.b32 half, half, 16;",
-        *four_nibbles("$1", "$3"),
-        "mov.b32 $0, even;",
-        "mov.b32 $2, odd;",
-    ]
-    return "{ " + "\n".join(lines) + " }"
-
-
-@triton.jit
-def decode(byte, code_ptr, x, PRMT: tl.constexpr):
-    """The codes, in x's dtype, of the high nibbles, those of even columns, and of the low ones."""
-    if PRMT is None:
-        byte = byte.to(tl.int32)
-        even, odd = tl.load(code_ptr + (byte >> 4)).to(x.dtype), tl.load(code_ptr + (byte & 15)).to(x.dtype)
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            PRMT, "=r,=r,=r,=r,r", [byte], dtype=(x.dtype, x.dtype), is_pure=True, pack=4
-        )
-    return even, odd
 
 
 @triton.jit
@@ -270,13 +215,13 @@ def fourbit_linear(
     if y.numel() == 0:
         return y
     config = config_for("fourbit_linear", x, M, N, K, R)
-    config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
+    config = config | dict(BLOCK_K=min(config["BLOCK_K"], blocksize))
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
     launch(
         _fourbit_linear_kernel, (cdiv(N, config["BLOCK_N"]), cdiv(M, config["BLOCK_M"])), (
             x, packed, code, absmax, code2, absmax2, offset, bias, a, b, y, scale, M, N, K, R,
             x.stride(0), *((0, 0, 0, 0) if a is None else (*a.stride(), *b.stride())), y.stride(0),
-        ), config, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type),
+        ), config, BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=prmt_for(x, quant_type),
         BLOCK_R=block_r(R),
     )  # fmt: skip
     return y
@@ -298,7 +243,7 @@ def fourbit_mixed(
     if y.numel() == 0:
         return y
     config = config_for("fourbit_mixed", x, M, N, K, max_rank)
-    config["BLOCK_K"] = min(config["BLOCK_K"], blocksize)
+    config = config | dict(BLOCK_K=min(config["BLOCK_K"], blocksize))
     BLOCK_R = block_r(max_rank, config["LARGEST_R"])
     planes = x.new_empty((config["SPLIT"], M, max_rank), dtype=torch.float32)
     code2, absmax2, offset, nested_blocksize = nested or (None, None, None, 1)
@@ -307,7 +252,7 @@ def fourbit_mixed(
             x, packed, code, absmax, code2, absmax2, offset, bias, blocks, order, addresses, ranks, scales, planes,
             counters, y, M, N, K, n_blocks, x.stride(0), planes.stride(0), planes.stride(1), y.stride(0),
         ), config, DTYPE=DTYPES[dtype], BLOCK_J=rows_per_block, BLOCK_B=power_of_2(n_blocks),
-        BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=_prmt_for(x, quant_type), BLOCK_R=BLOCK_R,
+        BLOCKSIZE=blocksize, NESTED_BLOCKSIZE=nested_blocksize, PRMT=prmt_for(x, quant_type), BLOCK_R=BLOCK_R,
     )  # fmt: skip
     return y
 
@@ -322,7 +267,8 @@ def lora_linear_4bit(
     nested = nested_of(nested_code, nested_absmax, nested_offset, nested_blocksize)
     if fits(x.shape[0], K, a.shape[0], blocksize):
         x = x if x.stride(1) == 1 else x.contiguous()
-        return fourbit_linear(x, packed, code, absmax, blocksize, N, quant_type, nested, bias, a, b, scaling)
+        product = fourbit_decode if decodes(x, a.shape[0], blocksize) else fourbit_linear
+        return product(x, packed, code, absmax, blocksize, N, quant_type, nested, bias, a, b, scaling)
     w = dequantize(packed, code, absmax, blocksize, (N, K), x.dtype, nested)
     s = torch.nn.functional.linear(x, a.to(x.dtype))
     return torch.nn.functional.linear(x, w, bias).addmm_(s, b.to(x.dtype).T, alpha=scaling)
@@ -356,17 +302,6 @@ def _check(M: int, K: int, max_rank: int, blocksize: int) -> None:
         )
 
 
-def _prmt_for(x: Tensor, quant_type: str) -> str | None:
-    """How to decode on x's device: prmt is NVIDIA's, and for codes of 16 bits."""
-    nvidia = x.is_cuda and torch.version.hip is None
-    return _prmt(quant_type, x.dtype) if nvidia and x.dtype.itemsize == 2 else None
-
-
-@functools.cache
-def _prmt(quant_type: str, dtype: torch.dtype) -> str:
-    return prmt_decoder(CODES[quant_type], dtype)
-
-
 def aot_cases() -> Iterator[AotCase]:
     """Every candidate for each rank: plain and nested for one adapter, nested for adapters of either dtype."""
     strides = "xm ar bn pp pm ym".split()
@@ -380,7 +315,7 @@ def aot_cases() -> Iterator[AotCase]:
             **{f"stride_{name}": "i32" for name in strides},
         )  # fmt: skip
         nvidia = candidate.itemsize == 2 and candidate.archs != AMD
-        weight = dict(BLOCKSIZE=64, NESTED_BLOCKSIZE=256, PRMT=_prmt("nf4", torch.bfloat16) if nvidia else None)
+        weight = dict(BLOCKSIZE=64, NESTED_BLOCKSIZE=256, PRMT=prmt("nf4", torch.bfloat16) if nvidia else None)
         for BLOCK_R in aot_ranks(candidate):
             if candidate in CANDIDATES:
                 one = weight | dict(BLOCK_R=BLOCK_R, stride_ak=1, stride_br=1)

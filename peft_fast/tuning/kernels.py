@@ -16,6 +16,8 @@ from .shapes import Shapes, rank_bucket
 
 _SLOTS = (32, 128, 512)  # of all prefixes of a call
 _DECODED_TOKENS = (1, 4, 16)  # of a row
+_DECODED_ROWS = 16  # of csrc_triton/quantized/fourbit_decode.py
+_INT8_FEW_ROWS = 512  # FEW_ROWS of csrc_triton/quantized/int8_quantize.py
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,15 @@ def _lora(shapes: Shapes) -> list[Job]:
 
 def _quantized(shapes: Shapes) -> list[Job]:
     four_bit, int8, tokens = shapes.four_bit, shapes.int8, shapes.tokens
+    quantized = [(0, K, R) for _, K, R in int8]
     few = [M for M in tokens if M <= MIXED_ONE_LAUNCH_MAX_M]
     return [
         Job("fourbit", quant.fourbit, _sizes((1,), [(N, K, 1) for N, K, _ in four_bit])),
         Job("fourbit_linear", quant.fourbit_linear, _sizes(few, _small(four_bit))),
+        Job("fourbit_decode", quant.fourbit_decode, _sizes([M for M in few if M <= _DECODED_ROWS], _small(four_bit))),
         Job("fourbit_mixed", quant.fourbit_mixed, _sizes(few, _small(four_bit)), all_rows=True),
-        Job("int8_quantize", quant.int8_quantize, _sizes(tokens, [(0, K, R) for _, K, R in int8])),
+        Job("int8_quantize", quant.int8_quantize, _sizes([M for M in tokens if M >= _INT8_FEW_ROWS], quantized)),
+        Job("int8_quantize_rows", quant.int8_quantize, _sizes([M for M in tokens if M < _INT8_FEW_ROWS], quantized)),
         Job("int8_gemm", quant.int8_gemm, _sizes(tokens, int8)),
     ]
 

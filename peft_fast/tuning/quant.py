@@ -3,6 +3,7 @@
 A weight of random bytes is as good as another: bitsandbytes is not needed here.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ _BLOCKSIZE, _NESTED_BLOCKSIZE = 64, 256
 
 def _draw_4bit(on: Setting, N: int, K: int) -> tuple[Tensor, ...]:
     """packed, code, absmax and its code, absmax and offset: NF4, double quantization. Any bytes are a weight."""
-    from csrc_triton.quantized.fourbit_linear import NF4
+    from csrc_triton.quantized.fourbit_codes import NF4
 
     blocks, device = N * K // _BLOCKSIZE, on.device
     return (
@@ -48,14 +49,25 @@ def fourbit(on: Setting, size: Size) -> Case:
 
 
 def fourbit_linear(on: Setting, size: Size) -> Case:
-    from csrc_triton.quantized.fourbit import Nested
     from csrc_triton.quantized.fourbit_linear import fourbit_linear
+
+    return _one_adapter(on, size, fourbit_linear)
+
+
+def fourbit_decode(on: Setting, size: Size) -> Case:
+    from csrc_triton.quantized.fourbit_decode import fourbit_decode
+
+    return _one_adapter(on, size, fourbit_decode)
+
+
+def _one_adapter(on: Setting, size: Size, product: Callable[..., Any]) -> Case:
+    from csrc_triton.quantized.fourbit import Nested
 
     M, N, K, R = size
 
     def run(x: Tensor, a: Tensor, b: Tensor, packed: Tensor, code: Tensor, absmax: Tensor, *nested: Tensor) -> Any:
         double = Nested(*nested, _NESTED_BLOCKSIZE)
-        return fourbit_linear(x, packed, code, absmax, _BLOCKSIZE, N, "nf4", double, None, a, b, SCALING)
+        return product(x, packed, code, absmax, _BLOCKSIZE, N, "nf4", double, None, a, b, SCALING)
 
     def formula(D: torch.dtype, x: Tensor, a: Tensor, b: Tensor, *weight: Tensor) -> Tensor:
         x = x.to(D)
@@ -92,7 +104,7 @@ def fourbit_mixed(on: Setting, size: Size) -> Case:
 
 
 def int8_quantize(on: Setting, size: Size) -> Case:
-    from csrc_triton.quantized.int8_linear import int8_quantize
+    from csrc_triton.quantized.int8_quantize import int8_quantize
 
     M, _, K, R = size
 
@@ -101,7 +113,12 @@ def int8_quantize(on: Setting, size: Size) -> Case:
         absmax = half.abs().amax(1)
         return (half * (127.0 / absmax)[:, None]).round().to(torch.int8), absmax.to(D), SCALING * (x.to(D) @ a.to(D).T)
 
-    return Case(lambda: (on.draw(M, K), on.draw(R, K, std=K**-0.5)), lambda x, a: int8_quantize(x, a, SCALING), formula)
+    def run(x: Tensor, a: Tensor) -> tuple[Tensor, ...]:
+        q, absmax, planes = int8_quantize(x, a, SCALING)
+        planes_of_s: Any = planes
+        return q, absmax, planes_of_s.sum(0).to(on.dtype)  # the sum takes the same time whatever the configuration
+
+    return Case(lambda: (on.draw(M, K), on.draw(R, K, std=K**-0.5)), run, formula)
 
 
 def int8_gemm(on: Setting, size: Size) -> Case:
@@ -119,5 +136,7 @@ def int8_gemm(on: Setting, size: Size) -> Case:
         return y.to(D) + s.to(D) @ b.to(D).T
 
     return Case(
-        inputs, lambda q, absmax, w, w_absmax, s, b: int8_gemm(q, absmax, w, w_absmax, None, s, b, on.dtype), formula
+        inputs,
+        lambda q, absmax, w, w_absmax, s, b: int8_gemm(q, absmax, w, w_absmax, None, s[None], b, on.dtype),
+        formula,
     )

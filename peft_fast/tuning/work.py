@@ -101,8 +101,18 @@ class Work:
     faults: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.tasks = [task for task in self.tasks if self._is_offered(task)]
         self.tables = {name: Table(self.folder / name, self.provenance) for name in (CONFIGS, CHOICES)}
         self.todo = self._todo()
+
+    def _is_offered(self, task: Task) -> bool:
+        """Whether the GPU's architecture has the kernel at all."""
+        from csrc_triton.common import aot, tuning
+
+        aot.kernel_modules()  # which name their candidates when they are imported
+        return task.file == CHOICES or any(
+            tuning.candidates_for(task.of, self.setting.arch, self.setting.dtype.itemsize)
+        )
 
     def _todo(self) -> list[Task]:
         """What has no row; again: all, what has none first, then the oldest, so that a run cut short is no loss."""

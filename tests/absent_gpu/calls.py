@@ -133,7 +133,8 @@ def _prefix_calls(
 
 def _quantized(wide: bool) -> Iterator[Call]:
     from csrc_triton.quantized.fourbit import Nested, dequantize
-    from csrc_triton.quantized.fourbit_linear import NF4, fourbit_linear, fourbit_mixed
+    from csrc_triton.quantized.fourbit_codes import NF4
+    from csrc_triton.quantized.fourbit_linear import fourbit_linear, fourbit_mixed
     from csrc_triton.quantized.int8_linear import lora_linear_int8
 
     code = torch.tensor(NF4)

@@ -186,6 +186,15 @@ class TestLinear:
         K = max(blocksize, 96 if blocksize == 32 else 256)
         check_linear(Quantized(40, K, blocksize, 4), *draw_linear(5, 40, K, 4, torch.bfloat16))
 
+    def test_small_blocks_leave_the_configuration_of_others_alone(self):
+        from csrc_triton.common.tuning import config_for
+
+        x, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16)
+        check_linear(Quantized(40, 128, 64), x, bias, a, b)
+        before = dict(config_for("fourbit_linear", x, 5, 40, 128, 4))
+        check_linear(Quantized(40, 128, 32), x, bias, a, b)
+        assert config_for("fourbit_linear", x, 5, 40, 128, 4) == before and before["BLOCK_K"] > 32
+
     def test_without_an_update_without_a_bias(self):
         weight = Quantized(40, 128)
         x, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16, torch.bfloat16)
@@ -227,6 +236,53 @@ class TestLinear:
             dtype = torch.float32 if candidate.itemsize == 4 else torch.bfloat16
             M = min(64, candidate.blocks["BLOCK_M"] + 3)
             check_linear(Quantized(145, 256), *draw_linear(M, 145, 256, 20, dtype))
+
+
+class TestDecode:
+    """Few rows in two launches, with K split."""
+
+    @staticmethod
+    def check(weight, x, bias, a, b):
+        from csrc_triton.quantized.fourbit_decode import decodes, fourbit_decode
+
+        assert decodes(x, 0 if a is None else a.shape[0], weight.blocksize)
+        N, arguments = weight.shape[0], (x, weight, bias, a, b, 1.7)
+        y = fourbit_decode(x, *weight.stored, N, weight.quant_type, weight.nested, bias, a, b, 1.7)
+        assert y.dtype == x.dtype
+        assert_as_accurate("y", y, same_linear(*arguments), exact_linear(*arguments))
+
+    @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+    @pytest.mark.parametrize("M, N, K, R", [(1, 50, 64, 8), (3, 33, 1344, 40), (16, 1, 2048, 5)])
+    def test_forward(self, M, N, K, R, dtype):
+        """Steps that are not whole, planes of several steps, the last of them short."""
+        for quant_type, nested in (("nf4", None), ("nf4", 4), ("fp4", 256)):
+            self.check(Quantized(N, K, 64, nested, quant_type), *draw_linear(M, N, K, R, dtype))
+
+    @pytest.mark.parametrize("blocksize", [32, 128])
+    def test_every_block_size(self, blocksize):
+        self.check(Quantized(40, 640, blocksize, 4), *draw_linear(5, 40, 640, 4, torch.bfloat16))
+
+    def test_without_an_update_without_a_bias(self):
+        x, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16, torch.bfloat16)
+        for arguments in ((x, None, None, None), (x, bias, None, None), (x, None, a, b)):
+            self.check(Quantized(40, 128), *arguments)
+
+    def test_strides(self):
+        """Rows of x with gaps, transposed adapters."""
+        _, bias, a, b = draw_linear(5, 40, 128, 4, torch.bfloat16)
+        x = torch.randn(5, 200, device=DEVICE).bfloat16()[:, 3:131]
+        self.check(Quantized(40, 128), x, bias, a.T.contiguous().T, b.T.contiguous().T)
+
+    def test_every_candidate(self, force):
+        from csrc_triton.quantized.fourbit_decode import CANDIDATES
+
+        for candidate in CANDIDATES:
+            force("fourbit_decode", candidate.config)
+            self.check(Quantized(145, 1024), *draw_linear(13, 145, 1024, 20, torch.bfloat16))
+
+    def test_launches(self, launches):
+        self.check(Quantized(50, 64, 64, 256), *draw_linear(3, 50, 64, 8, torch.bfloat16))
+        assert launches == ["fourbit_decode", "fourbit_finish"]
 
 
 def check_mixed(weight, adapters, slots, x, bias):
@@ -336,10 +392,10 @@ def run_ptx(text, source):
 @pytest.mark.parametrize("quant_type", CODES)
 def test_decoder_in_ptx(quant_type, dtype):
     """Every byte in every place, beside others: the codes of its nibbles, rounded to the dtype, in their order."""
-    from csrc_triton.quantized import fourbit_linear
+    from csrc_triton.quantized import fourbit_codes
 
-    assert fourbit_linear.CODES[quant_type] == tuple(CODES[quant_type])
-    text = fourbit_linear.prmt_decoder(fourbit_linear.CODES[quant_type], dtype)
+    assert fourbit_codes.CODES[quant_type] == tuple(CODES[quant_type])
+    text = fourbit_codes.prmt_decoder(fourbit_codes.CODES[quant_type], dtype)
     rounded = torch.tensor(CODES[quant_type]).to(dtype).view(torch.uint16).tolist()
     for first in range(256):
         data = [first, (first * 7 + 13) % 256, 255 - first, (first * 31 + 5) % 256]

@@ -35,26 +35,30 @@ def draw(M, N, K, R, dtype, adapter_dtype=torch.float32):
 
 
 def check_quantize(x, a=None, threshold=0.0):
-    from csrc_triton.quantized.int8_linear import int8_quantize
+    from csrc_triton.quantized.int8_quantize import int8_quantize
 
-    q, absmax, s = int8_quantize(x, a, 1.7, threshold)
+    q, absmax, planes = int8_quantize(x, a, 1.7, threshold)
     expected, expected_absmax = rowwise(x, threshold)
     assert torch.equal(q, expected) and torch.equal(absmax, expected_absmax)
     if a is None:
-        assert s is None
+        assert planes is None
     else:
-        assert s.dtype == x.dtype
+        assert planes.dtype == (x.dtype if len(planes) == 1 else torch.float32)
+        s = planes.sum(0).to(x.dtype)
         assert_as_accurate("s", s, 1.7 * x @ a.to(x.dtype).T, 1.7 * x.double() @ a.double().T)
-    return q, absmax, s
+    return q, absmax, planes
 
 
 def check_gemm(x, w, w_absmax, bias, a, b):
-    """q, absmax and s are given, so that the budget is that of the product alone."""
+    """q, absmax and s are given, so that the budget is that of the product alone; planes change no bit of s."""
     from csrc_triton.quantized.int8_linear import int8_gemm
 
     q, absmax = rowwise(x)
     s = None if a is None else (x @ a.to(x.dtype).T)
-    y = int8_gemm(q, absmax, w, w_absmax, bias, s, b, x.dtype)
+    y = int8_gemm(q, absmax, w, w_absmax, bias, None if s is None else s[None], b, x.dtype)
+    if s is not None:
+        planes = torch.stack([s.float() / 2] + [s.float() / 4] * 2)
+        assert torch.equal(int8_gemm(q, absmax, w, w_absmax, bias, planes, b, x.dtype), y)
     same = (q.float() @ w.float().T * (absmax[:, None] * w_absmax) / 127**2).to(x.dtype)
     exact = q.double() @ w.double().T * (absmax.double()[:, None] * w_absmax.double()) / 127**2
     if a is not None:
@@ -66,6 +70,16 @@ def check_gemm(x, w, w_absmax, bias, a, b):
     return y
 
 
+@pytest.fixture(params=["few rows", "many rows"])
+def kernel(request, monkeypatch):
+    """Both kernels, whatever the number of rows."""
+    from csrc_triton.quantized import int8_quantize
+
+    monkeypatch.setattr(int8_quantize, "FEW_ROWS", 1 << 62 if request.param == "few rows" else 0)
+    return request.param
+
+
+@pytest.mark.usefixtures("kernel")
 class TestQuantize:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("threshold", [0.0, 1.5])
@@ -93,7 +107,7 @@ class TestQuantize:
 
     def test_what_bitsandbytes_makes(self):
         bnb = pytest.importorskip("bitsandbytes.functional", reason="bitsandbytes is not installed")
-        from csrc_triton.quantized.int8_linear import int8_quantize
+        from csrc_triton.quantized.int8_quantize import int8_quantize
 
         x = torch.randn(33, 96, device=DEVICE, dtype=torch.float16)
         x[5, 7] = 9.0
@@ -105,12 +119,13 @@ class TestQuantize:
             assert torch.equal(absmax, expected_absmax) and torch.equal(q, expected)
 
     def test_empty(self):
-        from csrc_triton.quantized.int8_linear import int8_quantize
+        from csrc_triton.quantized.int8_quantize import int8_quantize
 
         for M, K in ((0, 5), (3, 0)):
             x, a = torch.randn(M, K, device=DEVICE), torch.randn(4, K, device=DEVICE)
-            q, absmax, s = int8_quantize(x, a)
-            assert q.shape == (M, K) and torch.equal(absmax, x.new_zeros(M)) and torch.equal(s, x.new_zeros(M, 4))
+            q, absmax, planes = int8_quantize(x, a)
+            assert q.shape == (M, K) and torch.equal(absmax, x.new_zeros(M))
+            assert torch.equal(planes.sum(0), x.new_zeros(M, 4))
 
 
 class TestGemm:
@@ -150,9 +165,9 @@ def test_both_as_one_linear(launches):
     from csrc_triton.quantized.int8_linear import int8_gemm
 
     x, w, w_absmax, bias, a, b = draw(37, 50, 200, 8, torch.float16)
-    q, absmax, s = check_quantize(x, a)
-    y = int8_gemm(q, absmax, w, w_absmax, bias, s, b, x.dtype)
-    assert launches == ["int8_quantize", "int8_gemm"]
+    q, absmax, planes = check_quantize(x, a)
+    y = int8_gemm(q, absmax, w, w_absmax, bias, planes, b, x.dtype)
+    assert launches == ["int8_quantize_rows", "int8_gemm"]
     base = x.double() @ (w.double() * w_absmax.double()[:, None] / 127).T
     exact = base + 1.7 * (x.double() @ a.double().T) @ b.double().T + bias.double()
     assert (y.double() - exact).norm() / exact.norm() < 0.02
@@ -161,13 +176,25 @@ def test_both_as_one_linear(launches):
 class TestCandidates:
     """On sizes that need several tiles in each direction and fill none."""
 
-    def test_quantize(self, force):
-        from csrc_triton.quantized.int8_linear import CANDIDATES
+    def test_quantize(self, force, monkeypatch):
+        from csrc_triton.quantized import int8_quantize
 
-        for candidate in CANDIDATES:
+        monkeypatch.setattr(int8_quantize, "FEW_ROWS", 0)
+        for candidate in int8_quantize.CANDIDATES:
             force("int8_quantize", candidate.config)
             x, _, _, _, a, _ = draw(candidate.blocks["BLOCK_M"] + 3, 1, 300, 150, dtype_of(candidate))
             check_quantize(x, a)
+
+    def test_quantize_rows(self, force):
+        """K of 1500 leaves the last planes with a part of a step, or with none."""
+        from csrc_triton.quantized.int8_quantize import ROWS_CANDIDATES
+
+        for candidate in ROWS_CANDIDATES:
+            force("int8_quantize_rows", candidate.config)
+            for K in (300, 1500):
+                x, _, _, _, a, _ = draw(candidate.blocks["BLOCK_M"] + 3, 1, K, 150, dtype_of(candidate))
+                _, _, planes = check_quantize(x, a)
+                assert len(planes) == candidate.blocks["SPLIT"]
 
     def test_gemm(self, force):
         from csrc_triton.quantized.int8_linear import GEMM_CANDIDATES

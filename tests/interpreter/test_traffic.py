@@ -21,7 +21,7 @@ from triton.runtime.jit import KernelInterface
 
 from csrc_triton.common import aot
 from csrc_triton.lora import linear as lora_linear
-from csrc_triton.quantized import fourbit, fourbit_linear, int8_linear
+from csrc_triton.quantized import fourbit, fourbit_decode, fourbit_linear, int8_linear, int8_quantize
 from peft_fast.ops import functional
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +42,7 @@ TILES: dict[str, dict[str, int]] = {
     "fourbit_linear": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32),
     "fourbit_mixed": dict(BLOCK_N=32, BLOCK_K=32, LARGEST_R=16, SPLIT=2),
     "int8_quantize": dict(BLOCK_M=16, BLOCK_K=32, LARGEST_R=16),
+    "int8_quantize_rows": dict(BLOCK_M=16, BLOCK_K=32, LARGEST_R=16, SPLIT=3),
     "int8_gemm": dict(BLOCK_M=16, BLOCK_N=32, BLOCK_K=32, LARGEST_R=16),
     "prefix_fwd": dict(BLOCK_M=16, BLOCK_N=16),
     "prefix_dq": dict(BLOCK_M=16, BLOCK_N=16),
@@ -203,17 +204,30 @@ def test_fourbit_linear_and_mixed(M, N, K, R, tiles, nested, force):
     assert check(launches) == ["fourbit_linear", "fourbit_linear", "fourbit_mixed"]
 
 
+@pytest.mark.parametrize("nested", [None, 4])
+@pytest.mark.parametrize("M, N, K, R", [(3, 33, 128, 5), (16, 70, 1344, 20)])
+def test_fourbit_decode(M, N, K, R, nested):
+    weight, (x, _, a, b, bias) = Quantized(N, K, 64, nested), make(M, N, K, R, BF16, device=DEVICE)
+    stored = x, *weight.stored, N, weight.quant_type, weight.nested
+    with counting() as launches:
+        fourbit_decode.fourbit_decode(*stored, bias, a, b, 2.0)
+        fourbit_decode.fourbit_decode(*stored)
+    assert check(launches) == ["fourbit_decode", "fourbit_finish"] * 2
+
+
+@pytest.mark.parametrize("few_rows, quantize", [(512, "int8_quantize_rows"), (0, "int8_quantize")])
 @pytest.mark.parametrize("M, N, K, R, tiles", [(5, 33, 70, 5, {}), (40, 70, 150, 40, TILES)])
-def test_int8(M, N, K, R, tiles, force):
+def test_int8(M, N, K, R, tiles, few_rows, quantize, force, monkeypatch):
+    monkeypatch.setattr(int8_quantize, "FEW_ROWS", few_rows)
     for kernel, blocks in tiles.items():
         force(kernel, blocks)
     x, _, a, b, bias = make(M, N, K, R, BF16, adapter_dtype=FP32, device=DEVICE)
     w, w_absmax = torch.randint(-127, 128, (N, K), dtype=torch.int8, device=DEVICE), torch.rand(N, device=DEVICE)
     with counting() as launches:
-        q, absmax, s = int8_linear.int8_quantize(x, a, 2.0)
-        int8_linear.int8_gemm(q, absmax, w, w_absmax, bias, s, b, BF16)
-        int8_linear.int8_gemm(*int8_linear.int8_quantize(x)[:2], w, w_absmax, None, None, None, BF16)
-    assert check(launches) == ["int8_quantize", "int8_gemm"] * 2
+        q, absmax, planes = int8_quantize.int8_quantize(x, a, 2.0)
+        int8_linear.int8_gemm(q, absmax, w, w_absmax, bias, planes, b, BF16)
+        int8_linear.int8_gemm(*int8_quantize.int8_quantize(x)[:2], w, w_absmax, None, None, None, BF16)
+    assert check(launches) == [quantize, "int8_gemm"] * 2
 
 
 def rows() -> dict[str, Any]:

@@ -214,8 +214,9 @@ class TestQuantized:
         with torch.no_grad(), counting() as launches:
             quantized_functional.lora_linear_quantized(x, w, a, b, 2.0, bias if biased else None)
         case = QuantSiteCase("", 256, 64, 5).bytes(lora=True)
-        assert kernels(launches) == ["fourbit_linear"]
-        assert_moved(launches, case, tables=self.CODE + self.NESTED, bias=2 * 64 * biased)
+        assert kernels(launches) == ["fourbit_decode", "fourbit_finish"]
+        planes = 2 * 4 * 5 * (64 + R)  # one of y and of s, written and read
+        assert_moved(launches, case, tables=self.CODE + self.NESTED, planes=planes, bias=2 * 64 * biased)
 
     @pytest.mark.parametrize("M, expected", [(5, ["fourbit_mixed"]), (70, ["fourbit", *MIXED["grouped"]])])
     def test_mixed(self, M, expected):
@@ -251,8 +252,8 @@ class TestQuantized:
         with torch.no_grad(), counting() as launches:
             quantized_functional.lora_linear_int8(x, w, a, b, 2.0, bias if biased else None, threshold)
         case = QuantSiteCase("", K, N, M, kind="int8").bytes(lora=True)
-        assert kernels(launches) == ["int8_quantize", "int8_gemm"]
+        assert kernels(launches) == ["int8_quantize_rows", "int8_gemm"]
         assert_moved(
             launches, case, x_in_int8_written_and_read=2 * M * K, its_factors=2 * 4 * M,
-            s_written_and_read=2 * 2 * M * R, bias=2 * N * biased,
+            planes_of_s_written_and_read=8 * 2 * 4 * M * R, bias=2 * N * biased,
         )  # fmt: skip

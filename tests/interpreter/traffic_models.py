@@ -275,6 +275,28 @@ def fourbit_mixed_model(t: Launch) -> tuple[Elements, Elements, Elements]:
     return loads | fourbit_weight(t, programs, 1), stores, dict(counters=(3, 2 * jobs + 3 * programs))
 
 
+def fourbit_decode_model(t: Launch) -> tuple[Elements, Elements]:
+    """A weight once, each step's absmax one step ahead; s beside it, and all planes are written."""
+    M, N, K, R, BLOCKSIZE, GROUP, BLOCK_N, BLOCK_R = of(t, "M N K R BLOCKSIZE GROUP BLOCK_N BLOCK_R")
+    tiles_n, P = cdiv(N, BLOCK_N), t.grid[1]
+    columns = cdiv(K, BLOCKSIZE * GROUP) * BLOCKSIZE * GROUP  # those of all steps
+    blocks = N * K // BLOCKSIZE
+    loads = dict(
+        x=times(M * K, tiles_n + cdiv(R, BLOCK_R)), a=times(R * K, 1), packed=times(N * K // 2, 1),
+        code=(nibbles(t["packed"], columns > K or N % BLOCK_N > 0), tiles_n * BLOCK_N * columns),
+    )  # fmt: skip
+    factor = factors(t, blocks, blocks, BLOCK_N * GROUP, tiles_n * columns // (BLOCKSIZE * GROUP))
+    if "offset" in factor:
+        factor["offset"] = times(1, tiles_n * P)
+    return loads | factor, dict(planes=times(P * M * N, 1), s=times(P * M * R, 1))
+
+
+def fourbit_finish_model(t: Launch) -> tuple[Elements, Elements]:
+    M, N, R, P, BLOCK_N = of(t, "M N R P BLOCK_N")
+    loads = dict(planes=times(P * M * N, 1), s=times(P * M * R, cdiv(N, BLOCK_N)), b=times(N * R, 1), bias=times(N, 1))
+    return loads, dict(y=times(M * N, 1))
+
+
 def int8_quantize_model(t: Launch) -> tuple[Elements, Elements]:
     """x once per block of ranks, and once more by the first block, for q."""
     M, K, R = of(t, "M K R")
@@ -283,11 +305,18 @@ def int8_quantize_model(t: Launch) -> tuple[Elements, Elements]:
     return loads, dict(q=times(M * K, 1), absmax=times(M, 1), s=times(M * R, 1))
 
 
+def int8_quantize_rows_model(t: Launch) -> tuple[Elements, Elements]:
+    """x once for q and once per block of ranks for s, whose planes are all written."""
+    M, K, R, BLOCK_M, BLOCK_R, SPLIT = of(t, "M K R BLOCK_M BLOCK_R SPLIT")
+    loads = dict(x=times(M * K, cdiv(R, BLOCK_R) + 1), a=times(R * K, cdiv(M, BLOCK_M)))
+    return loads, dict(q=times(M * K, 1), absmax=times(M, 1), planes=times(SPLIT * M * R, 1))
+
+
 def int8_gemm_model(t: Launch) -> tuple[Elements, Elements]:
-    M, N, K, R, BLOCK_M, BLOCK_N = of(t, "M N K R BLOCK_M BLOCK_N")
+    M, N, K, R, P, BLOCK_M, BLOCK_N = of(t, "M N K R P BLOCK_M BLOCK_N")
     tiles_m, tiles_n = cdiv(M, BLOCK_M), cdiv(N, BLOCK_N)
     loads = dict(
-        q=times(M * K, tiles_n), absmax=times(M, tiles_n), s=times(M * R, tiles_n), w=times(N * K, tiles_m),
+        q=times(M * K, tiles_n), absmax=times(M, tiles_n), planes=times(P * M * R, tiles_n), w=times(N * K, tiles_m),
         w_absmax=times(N, tiles_m), b=times(N * R, tiles_m), bias=times(N, tiles_m),
     )  # fmt: skip
     return loads, dict(y=times(M * N, 1))
