@@ -39,6 +39,7 @@ from .tile import (
 # PROGRAMS: how many to aim at when keys are split
 CANDIDATES = candidates("prefix_decode", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 4, 2, ("sm_90",), max_rank=128),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 2, AMPERE, 4, max_rank=128, default_to=ALWAYS),
