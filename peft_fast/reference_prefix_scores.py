@@ -98,10 +98,18 @@ def _grouped(
 
 
 def visible_keys(q: Tensor, S: int, call: Options) -> Visible:
-    """What ``mask``, or ``causal_offset`` and ``window``, let the queries see of S ordinary keys."""
+    """What ``mask`` and ``causal_offset`` with ``window`` let the queries see of S ordinary keys."""
     L, dtype = q.shape[2], score_dtype(q)
     if call.mask is not None:
-        return Visible(0, S, _additive(call.mask, dtype), False)
+        seen = visible_keys(q, S, call._replace(mask=None))
+        mask = call.mask[..., seen.first : seen.last] if call.mask.shape[-1] > 1 else call.mask
+        mask = _additive(mask, dtype)
+        other = seen.mask
+        if seen.is_causal:
+            hidden = torch.ones(L, seen.last - seen.first, dtype=torch.bool, device=q.device).triu_(1)
+            other = torch.zeros(hidden.shape, dtype=dtype, device=q.device).masked_fill_(hidden, MASKED)
+        mask = mask if other is None else (mask + other).clamp_(min=MASKED)
+        return Visible(seen.first, seen.last, mask, False)
     if call.causal_offset is None:
         return Visible(0, S, None, False)
     offset, window = call.causal_offset, call.window

@@ -143,6 +143,10 @@ def features(shape, device="cpu"):
         "bidirectional": {}, "causal": dict(causal_offset=S - L),
         "window": dict(causal_offset=S - L, window=4, past=torch.tensor([S - L], device=device)),
         "bool": dict(mask=padding(B, S, device) & torch.ones(L, S, device=device).tril(S - L).bool()),
+        "padding+causal": dict(mask=padding(B, S, device), causal_offset=S - L),
+        "padding+window": dict(
+            mask=padding(B, S, device), causal_offset=S - L, window=5, past=torch.tensor([S - L], device=device)
+        ),
         "additive": dict(mask=additive(B, Hq, L, S, device)),
         "mask+window": dict(mask=padding(B, S, device), window=7, past=torch.tensor([2], device=device)),
         "nothing": {}, "bias": biases,

@@ -1,6 +1,7 @@
 """prefix_attention against concatenation in fp64: every feature alone and together, output, lse and every gradient."""
 
 import itertools
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from prefix_oracle import (
     check_exact,
     concatenated,
     draw,
+    hidden_keys,
     in_double,
     options_of,
     rows,
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from numerics import assert_as_accurate
 from peft_fast import reference_prefix
+from peft_fast.attention import interface
 from peft_fast.ops.functional import prefix_attention
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,7 +33,11 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 COMBINATIONS = list(
     itertools.product(
-        ["all", "rows"], ["bidirectional", "causal", "window", "bool", "additive", "mask+window"], ["nothing", "bias"],
+        ["all", "rows"],
+        [
+            "bidirectional", "causal", "window", "bool", "padding+causal", "padding+window", "additive", "mask+window",
+        ],
+        ["nothing", "bias"],
         ["plain", "softcap", "sinks", "dropout", "sinks+softcap+scale"],
     )
 )  # fmt: skip
@@ -311,3 +318,19 @@ def test_autocast_runs_in_its_dtype():
     out.float().sum().backward()
     narrow = prefix_attention(*(t.bfloat16() for t in tensors), causal_offset=0)[0]
     assert torch.equal(out, narrow) and all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    "causal, tokens, window", [(True, 6, None), (True, 6, 4), (False, 6, None), (True, 1, 4), (False, 6, 4)]
+)
+def test_padding_of_flash_attention_stays_one_row(causal, tokens, window):
+    """Where the mask has two dimensions nothing of the size of queries times keys is made of it."""
+    routed = types.SimpleNamespace(_attn_implementation="flash_attention_2")
+    module = types.SimpleNamespace(config=types.SimpleNamespace(routed=routed), is_causal=causal)
+    query, key = torch.zeros(3, 2, tokens, 8), torch.zeros(3, 2, 9, 8)
+    padding = torch.arange(12) >= torch.tensor([[0], [5], [11]])  # longer than the keys: of what has left the cache too
+    mask, offset = interface._visible(module, query, key, padding.long(), dict(sliding_window=window))
+    age = torch.arange(tokens)[:, None] + 9 - tokens - torch.arange(9)
+    visible = padding[:, None, None, -9:] & ((age >= 0) | (not causal)) & (age < (window or 99))
+    assert torch.equal(hidden_keys(query, key, 0, None, mask, None, offset, window), ~visible)
+    assert mask.shape == ((3, 1, 1, 9) if causal or window is None else (3, 1, 6, 9))

@@ -136,7 +136,6 @@ ERRORS = [
     (dict(mask=torch.ones(4, 6, 6).bool()), ValueError, "mask must broadcast"),
     (dict(mask=torch.ones(4, 2, 6, 6).bool()), ValueError, "mask must broadcast"),
     (dict(mask=torch.ones(4, 1, 6, 6).half()), TypeError, "mask must be bool, fp32 or q's dtype"),
-    (dict(mask=torch.ones(4, 1, 6, 6).bool(), causal_offset=0), ValueError, "exclude each other"),
     (dict(prefix_bias=torch.zeros(1, 4, 6, 8)), ValueError, "prefix_bias must broadcast"),
     (dict(prefix_bias=torch.zeros(1, 4, 6, 9).bool()), TypeError, "prefix_bias must be fp16"),
     (dict(sinks=torch.zeros(2)), ValueError, r"sinks must be \(Hq,\)"),

@@ -29,6 +29,7 @@ from .tile import (
     attention_cases,
     keys_in_reach,
     load_tile,
+    mask_rows_of,
     past_of,
     prefix_of,
     shared_arguments,
@@ -56,7 +57,7 @@ def _prefix_fwd_kernel(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_bb, stride_bh, stride_bl, stride_bj,
-    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one head of one row. Late queries, which see most keys, come first."""
@@ -68,8 +69,23 @@ def _prefix_fwd_kernel(
     query = tl.minimum(offs_m, L - 1)  # queries beyond the last repeat it and are not stored
     i, end = query[:, None], tl.minimum(begin + BLOCK_M, L)
     row = (b * H + h) * L + query
-    mask_rows = None if mask_ptr is None else mask_ptr + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_ml
+    mask_rows = None
+    if mask_ptr is not None:
+        mask_rows = mask_rows_of(mask_ptr, b, h, i, stride_mb, stride_mh, stride_ml, PADDING)
     bias_rows = None if bias_ptr is None else bias_ptr + b * stride_bb + h * stride_bh + i.to(tl.int64) * stride_bl
+    # before any tile is in registers: a scan takes some
+    first, last = keys_in_reach(0, S, begin, end - 1, causal_offset, window, CAUSAL, WINDOWED)
+    first = first // BLOCK_N * BLOCK_N
+    middle = last
+    if mask_ptr is not None:
+        first, last, middle = visible_range(mask_rows, stride_ms, first, last, BLOCK_N, True)
+    # tiles that every query sees whole need no look at indices and mask; with a window on both ends that is not worth
+    # a loop
+    if CAUSAL:
+        middle = tl.minimum(middle, begin + causal_offset + 1)
+        if WINDOWED:
+            middle = first
+    middle = first + tl.maximum(middle - first, 0) // BLOCK_N * BLOCK_N
     row_key, seed_low, seed_high = 0, 0, 0
     if DROPOUT:
         row_key, seed_low, seed_high = row_keys(seed_ptr, row)
@@ -79,27 +95,16 @@ def _prefix_fwd_kernel(
 
     start, length = prefix_of(starts_ptr, lengths_ptr, b, max_length)
     past = past_of(past_ptr)
-    first = length * 0
+    first_slot = length * 0
     if WINDOWED:
-        first = tl.maximum(first, length + past + begin - window + 1) // BLOCK_N * BLOCK_N
+        first_slot = tl.maximum(first_slot, length + past + begin - window + 1) // BLOCK_N * BLOCK_N
     acc, m, den = attend_prefix(
         acc, m, den, q, pk_ptr + start.to(tl.int64) * stride_pkt + hk * stride_pkh,
-        pv_ptr + start.to(tl.int64) * stride_pvt + hk * stride_pvh, stride_pkt, stride_pvt, first, length, length,
-        length, i, past, window, bias_rows, stride_bj, row_key, seed_low, seed_high, threshold, inner, outer,
+        pv_ptr + start.to(tl.int64) * stride_pvt + hk * stride_pvh, stride_pkt, stride_pvt, first_slot, length,
+        length, length, i, past, window, bias_rows, stride_bj, row_key, seed_low, seed_high, threshold, inner, outer,
         D, WINDOWED, SOFTCAP, DROPOUT, BLOCK_N, BLOCK_D,
     )  # fmt: skip
 
-    first, last = keys_in_reach(0, S, begin, end - 1, causal_offset, window, CAUSAL, WINDOWED)
-    first = first // BLOCK_N * BLOCK_N
-    if mask_ptr is not None:
-        first, last = visible_range(mask_rows, stride_ms, first, last, BLOCK_M, BLOCK_N)
-    # tiles that every query sees whole need no look at indices; with a window on both ends that is not worth a loop
-    middle = tl.minimum(last, S)
-    if CAUSAL:
-        middle = tl.minimum(middle, begin + causal_offset + 1)
-        if WINDOWED:
-            middle = first
-    middle = first + tl.maximum(middle - first, 0) // BLOCK_N * BLOCK_N
     k_ptr += b * stride_kb + hk * stride_kh
     v_ptr += b * stride_vb + hk * stride_vh
     for WHOLE in tl.static_range(2):

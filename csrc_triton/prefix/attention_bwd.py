@@ -33,12 +33,14 @@ from .tile import (
     keys_in_reach,
     load_mask,
     load_tile,
+    mask_rows_of,
     past_of,
     prefix_of,
     product,
     see_ordinary,
     see_prefix,
     shared_arguments,
+    shown,
     tile_gradients,
     visible_range,
 )  # fmt: skip
@@ -55,6 +57,8 @@ DQ_CANDIDATES = candidates("prefix_dq", [
 DKV_CANDIDATES = candidates("prefix_dkv", [
     Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_90",), max_rank=64, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_100",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=128), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=128), 8, 1, ("sm_90",), max_rank=128),
     Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, ("sm_80", "sm_90"), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32), 4, 1, ("gfx942",), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
@@ -65,7 +69,9 @@ DKV_CANDIDATES = candidates("prefix_dkv", [
 # PROGRAMS: how many to aim at when the work list is split
 DPREFIX_CANDIDATES = candidates("prefix_dprefix", [
     Candidate(dict(BLOCK_M=64, BLOCK_N=128, PROGRAMS=256), 8, 2, ("sm_90",), max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=64, PROGRAMS=256), 8, 2, CUDA, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64, PROGRAMS=256), 8, 2, ("sm_90",), max_rank=128, default_to=64),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=128, PROGRAMS=256), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=64, PROGRAMS=256), 8, 2, ("sm_80", "sm_100"), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 4, 1, ("gfx942",), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32, PROGRAMS=256), 8, 1, CUDA, max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=256), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
@@ -111,7 +117,7 @@ def _prefix_dq_kernel(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pvt, stride_pvh, stride_doutb, stride_doutl, stride_douth,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_bb, stride_bh, stride_bl, stride_bj,
-    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of BLOCK_M queries of one head of one row."""
@@ -124,7 +130,9 @@ def _prefix_dq_kernel(
     query = tl.minimum(offs_m, L - 1)  # queries beyond the last repeat it and are not stored
     i, end = query[:, None], tl.minimum(begin + BLOCK_M, L)
     row = (b * H + h) * L + query
-    mask_rows = None if mask_ptr is None else mask_ptr + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_ml
+    mask_rows = None
+    if mask_ptr is not None:
+        mask_rows = mask_rows_of(mask_ptr, b, h, i, stride_mb, stride_mh, stride_ml, PADDING)
     bias_rows = None if bias_ptr is None else bias_ptr + b * stride_bb + h * stride_bh + i.to(tl.int64) * stride_bl
     row_key, seed_low, seed_high = 0, 0, 0
     if DROPOUT:
@@ -156,7 +164,7 @@ def _prefix_dq_kernel(
     first, last = keys_in_reach(0, S, begin, end - 1, causal_offset, window, CAUSAL, WINDOWED)
     first = first // BLOCK_N * BLOCK_N
     if mask_ptr is not None:
-        first, last = visible_range(mask_rows, stride_ms, first, last, BLOCK_M, BLOCK_N)
+        first, last, _ = visible_range(mask_rows, stride_ms, first, last, BLOCK_N, False)
     k_ptr += b * stride_kb + hk * stride_kh
     v_ptr += b * stride_vb + hk * stride_vh
     for at in range(first, last, BLOCK_N):
@@ -208,7 +216,7 @@ def _prefix_dkv_kernel(
     scale, inner, outer, causal_offset, window, threshold, keep_scale, L, S, max_length, group,
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_doutb, stride_doutl, stride_douth, stride_mb, stride_mh, stride_ml, stride_ms,
-    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of BLOCK_N ordinary keys of one head of one row."""
@@ -231,11 +239,15 @@ def _prefix_dkv_kernel(
         first = tl.maximum(first, begin - causal_offset) // BLOCK_M * BLOCK_M
         if WINDOWED:
             last = tl.minimum(last, begin + BLOCK_N - 1 + window - causal_offset)
-    if mask_ptr is not None:  # a scan for one head says what is visible if the mask is the same for all
+    if mask_ptr is not None:
         mask_ptrs = mask_ptr + b * stride_mb + tl.minimum(n, S - 1).to(tl.int64) * stride_ms
-        scanned = tl.where(stride_mh == 0, last, first)
-        low, high = visible_range(mask_ptrs, stride_ml, first, scanned, BLOCK_N, BLOCK_M)
-        first, last = tl.where(stride_mh == 0, low, first), tl.where(stride_mh == 0, high, last)
+        if PADDING:
+            padding = tl.load(mask_ptrs)
+            last = tl.where(tl.max(tl.max(shown(padding).to(tl.int32), axis=1), axis=0) > 0, last, first)
+        else:  # a scan for one head says what is visible if the mask is the same for all
+            scanned = tl.where(stride_mh == 0, last, first)
+            low, high, _ = visible_range(mask_ptrs, stride_ml, first, scanned, BLOCK_M, False)
+            first, last = tl.where(stride_mh == 0, low, first), tl.where(stride_mh == 0, high, last)
     tiles = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
     for job in range(0, group * tiles):
         h = hk * group + job // tiles
@@ -244,8 +256,10 @@ def _prefix_dkv_kernel(
             stride_qb, stride_qh, stride_ql, stride_doutb, stride_doutl, stride_douth, D, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         i, mask, keep = query[None, :], None, None
-        if mask_ptr is not None:
-            mask_rows = mask_ptr + b * stride_mb + h * stride_mh + i.to(tl.int64) * stride_ml
+        if PADDING:
+            mask = padding
+        elif mask_ptr is not None:
+            mask_rows = mask_rows_of(mask_ptr, b, h, i, stride_mb, stride_mh, stride_ml, False)
             mask = load_mask(mask_rows, n, stride_ms, n < S)
         before = capped(product(k, q), inner, outer, SOFTCAP, PRECISE)
         s = see_ordinary(before, i, n, S, mask, causal_offset, window, CAUSAL, WINDOWED)

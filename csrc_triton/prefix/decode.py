@@ -30,6 +30,7 @@ from .tile import (
     attention_cases,
     keys_in_reach,
     load_tile,
+    mask_rows_of,
     past_of,
     prefix_of,
     visible_range,
@@ -38,6 +39,7 @@ from .tile import (
 # PROGRAMS: how many to aim at when keys are split
 CANDIDATES = candidates("prefix_decode", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 4, 2, ("sm_90",), max_rank=128),
     Candidate(dict(BLOCK_M=16, BLOCK_N=64, PROGRAMS=512), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32, PROGRAMS=512), 8, 2, AMPERE, 4, max_rank=128, default_to=ALWAYS),
@@ -61,7 +63,7 @@ def _prefix_decode_kernel(
     stride_qb, stride_qh, stride_ql, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_pkt, stride_pkh, stride_pvt, stride_pvh,
     stride_mb, stride_mh, stride_ml, stride_ms, stride_bb, stride_bh, stride_bl, stride_bj,
-    D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, PADDING: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries and one split, of the prefixes of several rows or of the keys of one row."""
@@ -87,7 +89,6 @@ def _prefix_decode_kernel(
     if DROPOUT:
         row_key, seed_low, seed_high = row_keys(seed_ptr, row)
         row_key = row_key[:, None]
-    mask_rows = None if mask_ptr is None else (mask_ptr + b * stride_mb + h * stride_mh + i * stride_ml)[:, None]
     bias_rows = None if bias_ptr is None else (bias_ptr + b * stride_bb + h * stride_bh + i * stride_bl)[:, None]
     q = load_tile(q_ptr, b * stride_qb + h * stride_qh + i * stride_ql, 1, None, D, BLOCK_D)
     acc, m, den = initial(None, 0, BLOCK_M, BLOCK_D)
@@ -113,9 +114,11 @@ def _prefix_decode_kernel(
         first, last = part * keys_per_split, tl.minimum((part + 1) * keys_per_split, S)
         first, last = keys_in_reach(first, last, 0, L - 1, causal_offset, window, CAUSAL, WINDOWED)
         first = first // BLOCK_N * BLOCK_N
+        at, mask_rows = one.to(tl.int64), None
         if mask_ptr is not None:  # a static cache is masked from its length on
-            first, last = visible_range(mask_rows, stride_ms, first, last, BLOCK_M, BLOCK_N)
-        at = one.to(tl.int64)
+            head, query = h[:, None], i[:, None]
+            mask_rows = mask_rows_of(mask_ptr, at, head, query, stride_mb, stride_mh, stride_ml, PADDING)
+            first, last, _ = visible_range(mask_rows, stride_ms, first, last, BLOCK_N, False)
         acc, m, den = attend_ordinary(
             acc, m, den, q, k_ptr + at * stride_kb + hk * stride_kh, v_ptr + at * stride_vb + hk * stride_vh,
             stride_ks, stride_vs, first, last, last, i[:, None], causal_offset, window, mask_rows, stride_ms,
@@ -168,8 +171,9 @@ def prefix_decode(
     BLOCK_N, programs = config["BLOCK_N"], config["PROGRAMS"]
     KV, tiles = H // group, B * cdiv(group * L, config["BLOCK_M"])
     prefix_tiles = cdiv(B * group * L, config["BLOCK_M"]) if shared["max_length"] else 0
-    prefix_splits, slots = _split(shared["max_length"], BLOCK_N, programs // max(KV * prefix_tiles, 1))
-    splits, keys = _split(shared["S"], BLOCK_N, programs // (KV * tiles))
+    least = 1 if B == 1 else 2  # the tiles of one row are few: more programs are worth more than a longer loop in each
+    prefix_splits, slots = _split(shared["max_length"], BLOCK_N, programs // max(KV * prefix_tiles, 1), least)
+    splits, keys = _split(shared["S"], BLOCK_N, programs // (KV * tiles), least)
     parts = q.new_empty((prefix_splits + splits, B, H, L, D), dtype=torch.float32)
     sums = q.new_empty(parts.shape[:-1], dtype=torch.float32)
     if parts.shape[0]:
@@ -187,10 +191,10 @@ def prefix_decode(
     )  # fmt: skip
 
 
-def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
-    """Into how many parts ``length`` keys are split, of at least two tiles each, and the keys of a part."""
+def _split(length: int, block: int, wanted: int, least: int) -> tuple[int, int]:
+    """Into how many parts ``length`` keys are split, of at least ``least`` tiles each, and the keys of a part."""
     steps = cdiv(length, block)
-    splits = max(1, min(steps // 2, wanted, _MAX_SPLITS))
+    splits = max(1, min(steps // least, wanted, _MAX_SPLITS))
     per_split = cdiv(steps, splits)
     return (cdiv(steps, per_split) if steps else 0), per_split * block
 

@@ -73,16 +73,16 @@ def attend_ordinary(
     D: tl.constexpr, CAUSAL: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     WHOLE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Take keys first .. last into a softmax. WHOLE: all of them exist and, mask aside, are seen by every query."""
+    """Take keys first .. last into a softmax. WHOLE: all of them exist, and every query sees them as they are."""
     offs_n = tl.arange(0, BLOCK_N)
     for start in range(first, last, BLOCK_N):
         tile = tl.cast(start, tl.int64)
         n = (start + offs_n)[None, :]
         real = None if WHOLE else (start + offs_n < S)[:, None]
-        mask = None if mask_rows is None else load_mask(mask_rows, n, stride_ms, n < S)
+        mask = None if WHOLE or mask_rows is None else load_mask(mask_rows, n, stride_ms, n < S)
         k = load_tile(k_ptr + tile * stride_ks, offs_n, stride_ks, real, D, BLOCK_D)
         s = capped(product(q, k), inner, outer, SOFTCAP, q.dtype == tl.float32)
-        if not WHOLE or mask_rows is not None:
+        if not WHOLE:
             s = see_ordinary(s, i, n, S, mask, causal_offset, window, CAUSAL, WINDOWED)
         keep = kept(row_key, seed_low, seed_high, threshold, column + n) if DROPOUT else None
         v = load_tile(v_ptr + tile * stride_vs, offs_n, stride_vs, real, D, BLOCK_D)

@@ -52,15 +52,25 @@ def load_mask(rows, column, stride, real):
 
 
 @triton.jit
+def mask_rows_of(mask_ptr, b, h, i, stride_mb, stride_mh, stride_ml, PADDING: tl.constexpr):
+    """Where the rows of a mask start for queries i of head h. PADDING: it has one row, (1, 1), for all of them."""
+    rows = mask_ptr + b * stride_mb
+    return rows + tl.zeros((1, 1), tl.int64) if PADDING else rows + h * stride_mh + i.to(tl.int64) * stride_ml
+
+
+@triton.jit
+def shown(mask):
+    """Which keys a mask, bytes (1: keep) or numbers to add, does not hide."""
+    return mask != 0 if mask.dtype == tl.uint8 else mask.to(tl.float32) > HIDDEN
+
+
+@triton.jit
 def _hidden(s, seen, mask):
     """s with ``mask``, bytes (1: keep) or numbers to add or None, and -inf where it is not seen."""
     if mask is not None:
-        if mask.dtype == tl.uint8:
-            seen = seen & (mask != 0)
-        else:
-            mask = mask.to(tl.float32)
-            seen = seen & (mask > HIDDEN)
-            s += mask * LOG2E
+        seen = seen & shown(mask)
+        if mask.dtype != tl.uint8:
+            s += mask.to(tl.float32) * LOG2E
     return tl.where(seen, s, float("-inf"))
 
 
@@ -148,25 +158,28 @@ def keys_in_reach(first, last, i_low, i_high, causal_offset, window, CAUSAL: tl.
 
 
 @triton.jit
-def visible_range(mask_ptrs, stride, first, last, BLOCK_FIXED: tl.constexpr, BLOCK: tl.constexpr):
-    """The part of first .. last, along ``stride``, with all that a mask shows at any of (BLOCK_FIXED, 1) mask_ptrs.
+def visible_range(mask_ptrs, stride, first, last, BLOCK: tl.constexpr, CLEAR: tl.constexpr):
+    """The part of first .. last, along ``stride``, with all that a mask shows at any of (rows, 1) mask_ptrs.
 
-    Keys for a tile of queries or queries for a tile of keys; the part begins at a multiple of BLOCK if ``first`` does.
+    Keys for a tile of queries or queries for a tile of keys. The third number, for CLEAR: where the keys end that all
+    rows see, from the part's beginning on without a gap and with nothing to add; 0 if there are none.
     """
-    low = tl.full((BLOCK_FIXED, BLOCK), 0x7FFFFFFF, tl.int32)
-    high = tl.zeros((BLOCK_FIXED, BLOCK), tl.int32)
+    ROWS: tl.constexpr = mask_ptrs.shape[0]
+    low = tl.full((ROWS, BLOCK), 0x7FFFFFFF, tl.int32)
+    high = tl.zeros((ROWS, BLOCK), tl.int32)
+    plain = tl.zeros((ROWS, BLOCK), tl.int32)
     for begin in range(first, last, BLOCK):
         at = (begin + tl.arange(0, BLOCK))[None, :]
         mask = tl.load(mask_ptrs + at.to(tl.int64) * stride, mask=at < last, other=0)
-        seen = at < last
-        if mask.dtype == tl.uint8:
-            seen = seen & (mask != 0)
-        else:
-            seen = seen & (mask.to(tl.float32) > HIDDEN)
+        seen = (at < last) & shown(mask)
         low = tl.minimum(low, tl.where(seen, at, 0x7FFFFFFF))
         high = tl.maximum(high, tl.where(seen, at + 1, 0))
-    first = tl.maximum(first, tl.min(tl.min(low, axis=1), axis=0) // BLOCK * BLOCK)
-    return first, tl.minimum(last, tl.max(tl.max(high, axis=1), axis=0))
+        if CLEAR:
+            plain += (seen if mask.dtype == tl.uint8 else seen & (mask.to(tl.float32) == 0.0)).to(tl.int32)
+    begins, ends = tl.min(low, axis=1), tl.max(high, axis=1)
+    first, last = tl.min(begins, axis=0), tl.minimum(last, tl.max(ends, axis=0))
+    whole = (tl.sum(plain, axis=1) == ends - begins) & (begins == first)
+    return first, last, tl.min(tl.where(whole, ends, 0), axis=0)
 
 
 @triton.jit
@@ -215,6 +228,7 @@ def shared_arguments(
         *broadcast_strides(mask), *broadcast_strides(prefix_bias),
     )  # fmt: skip
     dropout = p > 0 and seed is not None
+    _, mask_head, mask_query, _ = broadcast_strides(mask)
     return dict(
         q_ptr=q, k_ptr=k, v_ptr=v, pk_ptr=prefix_k, pv_ptr=prefix_v, starts_ptr=starts, lengths_ptr=lengths,
         past_ptr=past if window is not None else None,
@@ -226,14 +240,17 @@ def shared_arguments(
         threshold=threshold_of(p), keep_scale=1.0 / (1.0 - p) if dropout else 1.0,
         L=q.shape[2], S=k.shape[2], max_length=max_length, group=q.shape[1] // k.shape[1],
         **{f"stride_{name}": stride for name, stride in zip(STRIDES, strides, strict=True)},
+        PADDING=mask is not None and mask_head == mask_query == 0,
         CAUSAL=causal_offset is not None, WINDOWED=window is not None, SOFTCAP=softcap > 0,
         D=q.shape[3], BLOCK_D=block_d(q.shape[3]),
     )  # fmt: skip
 
 
-# What callers combine: decoder; padding, several prefixes and a window; T5; BERT in training; Gemma 2 and gpt-oss.
+# What callers combine: decoder, also with padding; several prefixes and a window; T5; BERT in training; Gemma 2 and
+# gpt-oss.
 _VARIANTS: dict[str, dict[str, Any]] = {
     "causal": dict(CAUSAL=True),
+    "padding": dict(CAUSAL=True, PADDING=True, mask_ptr="*u8"),
     "mask-window-rows": dict(mask_ptr="*u8", starts_ptr="*i32", lengths_ptr="*i32", past_ptr="*i64", WINDOWED=True),
     "bias": dict(mask_ptr="x", bias_ptr="x"),
     "dropout-mask": dict(mask_ptr="*u8", seed_ptr="*i64"),
@@ -252,8 +269,12 @@ def attention_cases(
         shared |= dict.fromkeys((*integers, *(f"stride_{stride}" for stride in STRIDES)), "i32")
         shared |= dict.fromkeys("inner outer keep_scale scale".split(), "fp32")
         for variant, changes in _VARIANTS.items():
+            if variant == "padding" and "mask_ptr" not in kernel.arg_names:
+                continue
             absent = dict.fromkeys("starts_ptr lengths_ptr past_ptr mask_ptr bias_ptr seed_ptr sinks_ptr".split())
-            values = dict(CAUSAL=False, WINDOWED=False, SOFTCAP=False, stride_ms=1, stride_bj=1, BLOCK_D=block_d(D))
+            values = dict(
+                PADDING=False, CAUSAL=False, WINDOWED=False, SOFTCAP=False, stride_ms=1, stride_bj=1, BLOCK_D=block_d(D)
+            )
             pointers = {n: x if kind == "x" else kind for n, kind in changes.items() if n.endswith("_ptr")}
             values |= absent | {n: value for n, value in changes.items() if n not in pointers} | constants
             values = {n: value for n, value in values.items() if n in kernel.arg_names and n not in pointers}

@@ -174,17 +174,19 @@ def _visible(
         bias = bias.detach()
     if mask is None and bias is None:
         return None, offset if causal else None
-    if mask is None or mask.ndim == 2:  # a padding mask
-        keys = torch.arange(seen, device=query.device)
-        visible = torch.ones(tokens, seen, dtype=torch.bool, device=query.device)[None, None]
-        if causal:
-            visible = visible & (keys <= torch.arange(tokens, device=query.device)[:, None] + offset)
-        if mask is not None:
-            visible = visible & mask[:, None, None, -seen:].bool()
-        window = kwargs.get("sliding_window") if flash else None
-        if window is not None:
-            visible = visible & (torch.arange(tokens, device=query.device)[:, None] + offset - keys < window)
-        mask = visible
-    if bias is not None:
+    window = kwargs.get("sliding_window") if flash else None
+    if mask is not None and mask.ndim != 2:  # it says all: which keys are late, too old or padding
+        causal = False
+    else:
+        causal = causal or (window is not None and tokens == 1)  # its window ends with the last key
+        if mask is not None:  # one row for all queries and heads: as bytes of padding it stays
+            mask = mask[:, None, None, -seen:].bool()
+        if window is not None and not causal:
+            ages = torch.arange(tokens, device=query.device)[:, None] + offset - torch.arange(seen, device=query.device)
+            mask = ages < window if mask is None else mask & (ages < window)
+            mask = mask.view(-1, 1, tokens, seen)
+    if bias is not None and mask is None:
+        mask = bias
+    elif bias is not None:
         mask = bias.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else bias + mask
-    return mask, None
+    return mask, offset if causal else None

@@ -52,7 +52,8 @@ def prefix_attention(
         past: (1,) int64, the number of tokens before the first query; only ``window`` asks for it. None: 0.
         scale: of the scores; None: D ** -0.5.
         causal_offset: query i sees the ordinary keys j <= i + causal_offset (and of those, with window, the last
-            ``window``). None: all of them. Not with mask.
+            ``window``). None: all of them. With mask: those that both show; a mask of one row for all queries
+            and heads, as padding is, then costs next to nothing.
         window: query i sees slot j of its prefix if lengths[b] + past + i - j < window. None: it sees them all.
         softcap: scores become softcap * tanh(scores / softcap) before mask and bias; 0: they stay.
         dropout_p: probability in [0, 1) that a weight of the softmax is dropped. seed: as in ``lora_linear``.
@@ -70,7 +71,7 @@ def prefix_attention(
     _check_tensors(q, k, v, prefix_k, prefix_v)
     max_length = _check_rows(q, prefix_k, starts, lengths, order, max_length)
     _check_added(q, k, mask, prefix_bias, sinks, max_length)
-    _check_options(q, past, causal_offset, window, mask, softcap, dropout_p, seed)
+    _check_options(q, past, window, softcap, dropout_p, seed)
     if implementation is not None and implementation not in PREFIX_IMPLEMENTATIONS:
         raise ValueError(f"{_OP}: implementation must be one of {PREFIX_IMPLEMENTATIONS}, got {implementation!r}")
     q, k, v, prefix_k, prefix_v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, prefix_k, prefix_v))
@@ -171,13 +172,10 @@ def _check_added(
 
 
 def _check_options(
-    q: Tensor, past: Tensor | None, causal_offset: int | None, window: int | None, mask: Tensor | None,
-    softcap: float, p: float, seed: Tensor | None,
-) -> None:  # fmt: skip
+    q: Tensor, past: Tensor | None, window: int | None, softcap: float, p: float, seed: Tensor | None
+) -> None:
     if past is not None:
         _check_vector(q, "past", past, 1, torch.int64)
-    if mask is not None and causal_offset is not None:
-        raise ValueError(f"{_OP}: mask and causal_offset exclude each other: the mask says which keys are visible")
     if window is not None and window < 1:
         raise ValueError(f"{_OP}: window must be at least 1, got {window}")
     if softcap < 0:

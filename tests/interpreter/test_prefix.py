@@ -23,6 +23,9 @@ CALLS = {
     "window-rows": (dict(PREFILL, L=66), ["rows", "window"]),
     "bool-rows": (PREFILL, ["rows", "bool", "bias"]),
     "mask-window-rows": (PREFILL, ["rows", "mask+window"]),
+    "padding-rows": (PREFILL, ["rows", "padding+causal"]),
+    "padding-window": (PREFILL, ["padding+window", "softcap"]),
+    "padding-dropout": (dict(PREFILL, S=100), ["padding+causal", "dropout"]),
     "T5": (dict(PREFILL, Hkv=4, T=20), ["additive", "bias"]),
     "BERT": (dict(PREFILL, Hkv=4, L=70), ["bool", "dropout"]),
     "gpt-oss": (dict(PREFILL, Hkv=1, D=80, T=20), ["causal", "sinks+softcap+scale"]),
@@ -34,6 +37,7 @@ CALLS = {
     "no-prefix": (dict(PREFILL, T=0, S=5), ["causal"]),
     "decode": (dict(DECODE, S=130, Hkv=1), ["causal"]),
     "decode-cache": (dict(DECODE, L=3, S=150), ["rows", "bool"]),
+    "decode-padding": (dict(DECODE, L=3, S=150), ["rows", "padding+causal", "bias"]),
     "decode-window-rows": (dict(DECODE, L=2), ["rows", "window", "bias"]),
     "decode-17": (dict(DECODE, L=17, Hkv=4, D=128), ["rows", "additive", "sinks"]),
     "decode-dropout": (dict(DECODE, L=3, S=40, D=80), ["rows", "causal", "dropout", "softcap"]),
@@ -203,6 +207,44 @@ def test_strides_and_masks_that_repeat(L):
         torch.testing.assert_close(got, want)
         exact = run(concatenated, tensors, dout, mask=mask, prefix_bias=bias)
         torch.testing.assert_close(got[0], exact[0])
+
+
+def masks_with_holes() -> dict[str, Tensor]:
+    """Masks that a look at the first and the last visible key alone would read wrongly; two rows, S = 80, L = 40."""
+    row = (torch.arange(80, device=DEVICE) >= torch.tensor([[0], [21]], device=DEVICE))[:, None, None]
+    hole = row.clone()
+    hole[:, :, :, 50] = False
+    full = row.repeat(1, 1, 40, 1)
+    full[:, :, 33, 45] = False
+    late = row.repeat(1, 1, 40, 1)
+    late[:, :, 20:24, :30] = False
+    added = torch.zeros(row.shape, device=DEVICE).masked_fill(~row, float("-inf"))
+    added[:, :, :, 60] = 1.5
+    return dict(one_row=hole, one_query=full, late_queries=late, number=added, number_each=added.repeat(1, 1, 40, 1))
+
+
+@pytest.mark.parametrize("name", ["one_row", "one_query", "late_queries", "number", "number_each"])
+def test_masks_with_holes(name):
+    shape = dict(B=2, Hq=2, Hkv=1, L=40, S=80, D=32, T=5)
+    check(shape, dict(mask=masks_with_holes()[name], causal_offset=45), torch.float32)
+
+
+@pytest.mark.parametrize("L", [1, 65])
+def test_padding_is_what_a_mask_of_every_query_would_be(L):
+    """One row of a mask for all queries and heads takes another way through the kernels; the same numbers come out."""
+    shape = dict(B=3, Hq=2, Hkv=1, L=L, S=70, D=32, T=5)
+    tensors, dout = draw(torch.float32, DEVICE, **shape), torch.randn(3, L, 2, 32, device=DEVICE)
+    row = (torch.arange(70, device=DEVICE) >= torch.tensor([[0], [33], [70]], device=DEVICE))[:, None, None]
+    for mask in (row, torch.zeros(row.shape, device=DEVICE).masked_fill(~row, float("-inf"))):
+        got = run(kernels, tensors, dout, mask=mask, causal_offset=70 - L)
+        want = run(kernels, tensors, dout, mask=mask.repeat(1, 2, L, 1), causal_offset=70 - L)
+        torch.testing.assert_close(got, want)
+
+
+def test_decode_of_one_row_gives_every_tile_a_program():
+    assert decode._split(1000, 64, 512, 1) == (16, 64)
+    assert decode._split(1000, 64, 512, 2) == (8, 128)
+    assert decode._split(1000, 64, 3, 1) == (3, 384)
 
 
 @pytest.fixture

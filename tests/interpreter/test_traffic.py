@@ -240,6 +240,7 @@ ATTENTION: dict[str, tuple[dict[str, int], dict[str, Any]]] = {
     "causal": (dict(T=52), dict(causal_offset=5)),
     "window-rows": (dict(T=60), dict(causal_offset=5, window=20, past=2)),
     "mask-dropout-bias": (dict(T=20), dict(mask=True, dropout_p=0.3, bias=True)),
+    "padding": (dict(T=20), dict(padding=True)),
     "sinks": (dict(T=1), dict(sinks=True)),
 }
 
@@ -254,6 +255,8 @@ def attention_op(KV: int, L: int, S: int, D: int, dtype: torch.dtype, name: str)
         options |= dict(mask=torch.ones(4, 1, L, S, dtype=torch.bool, device=DEVICE), seed=seed())
         if L > 16:  # a bias of a decode is not modelled
             options |= dict(prefix_bias=torch.randn(1, 2 * KV, L, size["T"], device=DEVICE))
+    if "padding" in chosen:
+        options |= dict(mask=torch.ones(4, 1, 1, S, dtype=torch.bool, device=DEVICE))
     if "sinks" in chosen:
         options |= dict(sinks=torch.randn(2 * KV, device=DEVICE))
     tensors = draw_attention(dtype, DEVICE, B=4, Hq=2 * KV, Hkv=KV, L=L, S=S, D=D, **size)

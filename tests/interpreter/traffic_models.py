@@ -351,11 +351,26 @@ def past_of(t: Launch) -> int:
     return 0 if t["past"] is None else t["past"].item()
 
 
-def rows_model(t: Launch, per_row: str) -> tuple[Elements, Any]:
+def mask_rows(t: Launch, block: str) -> int:
+    """How many rows of a mask a tile reads: one where it is the same for all queries and heads."""
+    rows: int = 1 if t["PADDING"] else t[block]
+    return rows
+
+
+def whole_keys(t: Launch, reach: range, begin: int) -> int:
+    """How many of the keys in reach of queries from begin on the forward takes without a look at the mask."""
+    if t["CAUSAL"] and t["WINDOWED"]:
+        return 0
+    last = min(reach.stop, begin + t["causal_offset"] + 1) if t["CAUSAL"] else reach.stop
+    whole: int = max(last - reach.start, 0) // t["BLOCK_N"] * t["BLOCK_N"]
+    return whole
+
+
+def rows_model(t: Launch, per_row: str, skips: bool) -> tuple[Elements, Any]:
     """prefix_fwd and prefix_dq: per tile of BLOCK_M queries the row's prefix and the keys in reach.
 
     Queries beyond the last repeat it. Whole tiles of keys are read to their end. A mask is read twice, to find what it
-    shows and for the scores; here it hides nothing.
+    shows and for the scores; here it hides nothing, and what skips then reads it once but for the last keys.
     """
     (B, H, KV, L, S, D), (BLOCK_M, BLOCK_N) = sizes_of(t), of(t, "BLOCK_M BLOCK_N")
     tiles, asked = t.grid[0], Counter[str]()
@@ -366,7 +381,8 @@ def rows_model(t: Launch, per_row: str) -> tuple[Elements, Any]:
             mine = range(first // BLOCK_N * BLOCK_N, length)
             reach = keys_of(t, 0, S, begin, min(begin + BLOCK_M, L) - 1)
             read = range(reach.start, min(S, reach.start + cdiv(len(reach), BLOCK_N) * BLOCK_N))
-            asked += Counter(slots=len(mine), keys=len(read), mask=BLOCK_M * (len(reach) + len(read)))
+            masked = len(reach) + len(read) - (whole_keys(t, reach, begin) if skips else 0)
+            asked += Counter(slots=len(mine), keys=len(read), mask=mask_rows(t, "BLOCK_M") * masked)
             keys |= {(b, key) for key in read}
             slots |= {start + slot for slot in mine}
     programs = tiles * H * B
@@ -381,13 +397,13 @@ def rows_model(t: Launch, per_row: str) -> tuple[Elements, Any]:
 
 
 def prefix_fwd_model(t: Launch) -> tuple[Elements, Elements]:
-    (B, H, _, L, _, D), (loads, programs) = sizes_of(t), rows_model(t, "q")
+    (B, H, _, L, _, D), (loads, programs) = sizes_of(t), rows_model(t, "q", skips=True)
     loads |= dict(sinks=(H, programs))
     return loads, dict(out=times(B * H * L * D, 1), lse=times(B * H * L, 1))
 
 
 def prefix_dq_model(t: Launch) -> tuple[Elements, Elements]:
-    (B, H, _, L, _, D), (loads, programs) = sizes_of(t), rows_model(t, "q dout")
+    (B, H, _, L, _, D), (loads, programs) = sizes_of(t), rows_model(t, "q dout", skips=False)
     loads |= dict(sums=(2 * B * H * L, 2 * programs * t["BLOCK_M"]))
     return loads, dict(dq=times(B * H * L * D, 1))
 
@@ -398,7 +414,10 @@ def prefix_delta_model(t: Launch) -> tuple[Elements, Elements]:
 
 
 def prefix_dkv_model(t: Launch) -> tuple[Elements, Elements]:
-    """q and dout of the queries that see a tile of keys, once per tile; a mask for all heads is looked at once more."""
+    """q and dout of the queries that see a tile of keys, once per tile; a mask for all heads is looked at once more.
+
+    Padding is read once, a number for each key.
+    """
     (B, H, KV, L, S, D), (BLOCK_M, BLOCK_N, group) = sizes_of(t), of(t, "BLOCK_M BLOCK_N group")
     asked, seen = Counter[str](), set()
     for begin in range(0, S, BLOCK_N):
@@ -411,7 +430,8 @@ def prefix_dkv_model(t: Launch) -> tuple[Elements, Elements]:
         queries = range(first, min(first + tiles * BLOCK_M, L))
         seen |= set(queries)
         scan = BLOCK_N * max(last - first, 0)
-        asked += Counter(jobs=tiles, lse=len(queries), mask=scan + group * tiles * BLOCK_M * min(BLOCK_N, S - begin))
+        masked = BLOCK_N if t["PADDING"] else scan + group * tiles * BLOCK_M * min(BLOCK_N, S - begin)
+        asked += Counter(jobs=tiles, lse=len(queries), mask=masked)
     own, jobs = times(B * KV * S * D, 1), asked["jobs"] * B * H
     q, sums = (len(seen) * B * H * D, jobs * BLOCK_M * D), jobs * BLOCK_M + asked["lse"] * B * H
     loads = dict(
@@ -473,7 +493,7 @@ def prefix_decode_model(t: Launch) -> tuple[Elements, Elements]:
     loads = dict(
         q=(B * H * L * D, programs * BLOCK_M * D), order=(B, programs * BLOCK_M), k=k, v=k, pk=pk, pv=pk,
         starts=(B, shared * BLOCK_M), lengths=(B, shared * BLOCK_M), past=times(1, shared), seed=times(1, programs),
-        mask=(0 if t["mask"] is None else t["mask"].numel(), 2 * BLOCK_M * asked["keys"] * tiles * KV),
+        mask=(0 if t["mask"] is None else t["mask"].numel(), 2 * mask_rows(t, "BLOCK_M") * asked["keys"] * tiles * KV),
     )  # fmt: skip
     return loads, dict(parts=times(parts * B * H * L * D, 1), sums=times(parts * B * H * L, 1))
 
