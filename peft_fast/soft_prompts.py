@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .utils.other import shift_tokens_right
 
@@ -20,6 +21,7 @@ _BY_POSITION = (
     "logits", "start_logits", "end_logits", "last_hidden_state", "hidden_states", "encoder_last_hidden_state",
     "encoder_hidden_states", "decoder_hidden_states",
 )  # fmt: skip
+_ANSWER = ("start_positions", "end_positions")
 _ONE_PER_ROW = ("SEQ_CLS",)  # logits (rows, classes)
 IGNORED = -100  # label of a token that has no loss
 
@@ -43,10 +45,12 @@ class SoftPromptCall:
         # lengths, virtual tokens included, in the forward that runs: of what the output is about, of the encoder
         self.length: int | None = None
         self.encoder_length: int | None = None
+        self.answer: list[Any] = []  # where it starts and ends, for the loss, which is about the text alone
 
     def apply(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The forward's arguments with the learned tokens. Raises: ValueError for arguments that cannot make room."""
         self.length = self.encoder_length = None
+        self.answer = []
         if self.task == "SEQ_2_SEQ_LM":
             return self._seq2seq(kwargs)
         cache = kwargs.get("past_key_values")
@@ -67,21 +71,29 @@ class SoftPromptCall:
             self.length = kwargs["inputs_embeds"].shape[1]
         if kwargs.get("labels") is not None and self.task in ("CAUSAL_LM", "TOKEN_CLS"):
             kwargs["labels"] = self._pad(kwargs["labels"], IGNORED)
-        for name in ("start_positions", "end_positions"):
-            if kwargs.get(name) is not None:  # of the text; logits have the virtual tokens before it
-                kwargs[name] = kwargs[name] + self.virtual
+        answer = [kwargs.get(name) for name in _ANSWER]
+        if all(isinstance(positions, Tensor) for positions in answer):
+            self.answer = answer
+            kwargs.update(dict.fromkeys(_ANSWER))
         return kwargs
 
     def own_positions(self, output: Any) -> Any:
         """Logits and hidden states of the text alone; attention keeps the virtual tokens, which it is about."""
         if self.task in _ONE_PER_ROW or not isinstance(output, tuple | Mapping):
             return output
-        if isinstance(output, tuple):
-            return tuple(self._own(value, self.length) for value in output)
+        if isinstance(output, tuple):  # without names: (rows, width) may be as wide as the sequence is long
+            by_row = self.task != "QUESTION_ANS"
+            values = tuple(
+                value if by_row and isinstance(value, Tensor) and value.ndim == 2 else self._own(value, self.length)
+                for value in output
+            )
+            return (_answer_loss(values[0], values[1], *self.answer), *values) if self.answer else values
         named: Any = output
         for name in _BY_POSITION:
             if named.get(name) is not None:
                 named[name] = self._own(named[name], self.encoder_length if "encoder_" in name[:8] else self.length)
+        if self.answer:
+            named = type(named)(**{**named, "loss": _answer_loss(named.start_logits, named.end_logits, *self.answer)})
         return named
 
     def _own(self, value: Any, length: int | None) -> Any:
@@ -133,6 +145,16 @@ class SoftPromptCall:
         if labels is not None:
             kwargs["labels"] = self._pad(labels, IGNORED)
         return kwargs
+
+
+def _answer_loss(start_logits: Tensor, end_logits: Tensor, start: Tensor, end: Tensor) -> Tensor:
+    """The mean of both cross entropies; positions beyond the text are ignored. Source: transformers' models."""
+    length = start_logits.shape[1]
+    losses = [
+        F.cross_entropy(logits, positions.reshape(-1).to(logits.device).clamp(0, length), ignore_index=length)
+        for logits, positions in ((start_logits, start), (end_logits, end))
+    ]
+    return (losses[0] + losses[1]) / 2
 
 
 def before_the_encoder(call: SoftPromptCall, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,30 @@ def adapt(library: Any, base: nn.Module, task: str | None, adapters: dict[str, t
         for name in others:
             model.add_adapter(name, configs[name])
     randomize(model)
-    return model.eval()
+    return about_the_text(model).eval()
+
+
+def about_the_text(model: Any) -> Any:
+    """A model of peft's whose outputs leave out the virtual tokens before the text, as ours do; ours as it is."""
+    if isinstance(model, peft.PeftModel):
+        model.register_forward_hook(_leave_out, with_kwargs=True)
+    return model
+
+
+def _leave_out(model: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    config = model.active_peft_config
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "PREFIX_TUNING" or not config.is_prompt_learning:
+        return output
+    text = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+    virtual, is_seq2seq = config.num_virtual_tokens, model.base_model.config.is_encoder_decoder
+    for key in [key for key in output if key.endswith(("logits", "last_hidden_state"))]:
+        value = output[key]
+        of_text = not is_seq2seq or key.startswith("encoder_")
+        length = text.shape[1] if of_text else kwargs["labels"].shape[1]
+        if (of_text or config.num_transformer_submodules == 2) and value.shape[1] == virtual + length:
+            output[key] = value[:, virtual:]
+    return output
 
 
 def make_pair(

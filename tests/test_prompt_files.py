@@ -15,7 +15,18 @@ import pytest
 import torch
 from file_cases import quiet
 from huggingface_hub import ModelCard
-from prompt_models import METHODS, TOKENS, adapt, batch, make_base, make_config, make_pair, own_state, randomize
+from prompt_models import (
+    METHODS,
+    TOKENS,
+    about_the_text,
+    adapt,
+    batch,
+    make_base,
+    make_config,
+    make_pair,
+    own_state,
+    randomize,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -114,6 +125,7 @@ def test_each_library_loads_the_others_files(family: str, task: str, method: str
             model.save_pretrained(tmp_path / name)
         into_peft = peft.PeftModel.from_pretrained(fresh(family, task), tmp_path / "ours")
         into_ours = peft_fast.PeftModel.from_pretrained(base, tmp_path / "theirs")
+    about_the_text(into_peft)
     same_models(into_peft, into_ours)
     flags = [{name: p.requires_grad for name, p in model.named_parameters()} for model in (into_peft, into_ours)]
     assert flags[0] == flags[1]

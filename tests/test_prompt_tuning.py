@@ -11,7 +11,6 @@ import torch
 import transformers
 from prompt_models import (
     METHODS,
-    TOKENS,
     VOCAB,
     batch,
     generate,
@@ -74,7 +73,7 @@ def test_outputs_and_gradients(family: str, task: str, method: str, padding: str
     learned = [value for key, value in got.items() if "grad of prompt_encoder" in key]
     assert learned and all(value.abs().max() > 0 for value in learned)
     if task == "CAUSAL_LM":
-        assert got["logits"].shape == (3, TOKENS + 7, VOCAB)
+        assert got["logits"].shape == (3, 7, VOCAB)
 
 
 @pytest.mark.parametrize(
@@ -273,3 +272,32 @@ def test_no_warnings(method: str) -> None:
         model = peft_fast.get_peft_model(make_base("llama", "CAUSAL_LM"), config).eval()
         model(**batch("CAUSAL_LM", "left"), **tasks_of(method))
         model.generate(**batch("CAUSAL_LM") | {"labels": None}, **tasks_of(method), max_new_tokens=2, do_sample=False)
+
+
+@pytest.mark.parametrize("return_dict", [True, False])
+@pytest.mark.parametrize("method", ["prompt", "p-mlp", "multitask"])
+def test_answers_have_the_positions_of_the_text(method: str, return_dict: bool) -> None:
+    """PEFT's start with those of the virtual tokens, while the targets are the text's."""
+    _, ours = make_pair("bert", "QUESTION_ANS", method)
+    inputs = batch("QUESTION_ANS", "right")
+    output = ours(**inputs, **tasks_of(method), return_dict=return_dict)
+    loss, start, end = output[:3]
+    assert start.shape == end.shape == (3, 7)
+    pairs = ((start, inputs["start_positions"]), (end, inputs["end_positions"]))
+    expected = sum(torch.nn.functional.cross_entropy(logits, target) for logits, target in pairs) / 2
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("method", ["prompt", "multitask"])
+def test_hidden_states_have_the_positions_of_the_text(method: str) -> None:
+    _, ours = make_pair("llama", "CAUSAL_LM", method)
+    output = ours(**batch("CAUSAL_LM"), **tasks_of(method), output_hidden_states=True, output_attentions=True)
+    assert output.logits.shape[1] == 7 and {state.shape[1] for state in output.hidden_states} == {7}
+    kept = ours(input_ids=batch("CAUSAL_LM")["input_ids"], **tasks_of(method), logits_to_keep=2)
+    torch.testing.assert_close(kept.logits, output.logits[:, -2:])
+    _, ours = make_pair("t5", "SEQ_2_SEQ_LM", method)
+    inputs = batch("SEQ_2_SEQ_LM")
+    output = ours(**inputs, **tasks_of(method), output_hidden_states=True)
+    assert output.logits.shape[1] == inputs["labels"].shape[1]
+    assert {state.shape[1] for state in output.encoder_hidden_states} == {inputs["input_ids"].shape[1]}
+    assert {state.shape[1] for state in output.decoder_hidden_states} == {inputs["labels"].shape[1]}
