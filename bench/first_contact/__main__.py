@@ -1,0 +1,11 @@
+"""``python -m bench.first_contact``: as ``python -m bench first-contact``, and needs no pytest."""
+
+import argparse
+import sys
+
+from . import command
+
+parser = argparse.ArgumentParser(prog="python -m bench.first_contact", description=command.__doc__)
+command.add_arguments(parser)
+if __name__ == "__main__":
+    sys.exit(command.main(parser.parse_args()))

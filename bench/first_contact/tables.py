@@ -1,0 +1,184 @@
+"""``python -m bench tables FILE``: what follows from first contact's JSON, and the lines of README.md about a GPU.
+
+    measured_rows   every implementation with its gain over the safe path, at the sizes measured
+    shipped_rows    of these the winners, where they won by ``LEAST_GAIN``
+    overview        for people, at the end of a run
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+LEAST_GAIN = 1.10
+ROOT = Path(__file__).resolve().parents[2]
+MARKS = "<!-- gpu -->", "<!-- /gpu -->"
+_KEY = ("op", "mode", "dtype", "adapters", "M", "N", "K", "R", "dropout")
+# What runs where nothing was measured; the first that was timed counts. Of lora_linear with dropout: "addmm".
+SAFE = {
+    "lora_linear": ("torch", "plain torch"),
+    "lora_mixed": ("grouped",),
+    "prefix_attention": ("flash", "two calls"),
+    "dequantize_4bit": ("bitsandbytes", "plain torch"),
+    "lora_linear_4bit": ("bitsandbytes + lora", "dequantize + addmm"),
+    "lora_linear_int8": ("bitsandbytes + lora",),
+}
+# Whose configuration a row's "config" is.
+KERNELS = {
+    ("lora_linear", "one_launch"): "lora_one_launch",
+    ("lora_mixed", "one_launch"): "mixed_one_launch",
+    ("lora_linear_4bit", "kernel"): "fourbit_linear",
+    ("prefix_attention", "kernel"): "prefix_dkv",
+}
+Row = dict[str, Any]
+Times = dict[str, Row]
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The document of a run.    Raises: ValueError where the file is something else."""
+    found: Any = json.loads(path.read_text())
+    if not isinstance(found, dict) or not {"about", "phases", "rows"} <= found.keys():
+        raise ValueError(f"{path}: expected the gpu.json that first-contact writes, with about, phases and rows")
+    return found
+
+
+def groups(document: dict[str, Any]) -> Iterator[tuple[Row, bool, Times]]:
+    """(a row for its sizes, whether as replays of a graph, provider -> its row) of all that was timed at one place."""
+    found: dict[tuple[Any, ...], Times] = {}
+    for row in document["rows"]:
+        if row["us_median"] is not None and row["ok"] and row["op"] in (*SAFE, "decode step", "training step"):
+            name = row["impl"].removeprefix("peft_fast:") + (f"@{row['config']}" if row["config"] else "")
+            found.setdefault((*(row[key] for key in _KEY), row["graph"]), {})[name] = row
+    for key, times in found.items():
+        yield next(iter(times.values())), key[-1], times
+
+
+def safe_of(row: Row, times: Times) -> str | None:
+    """The provider that is the safe path at this place, if it was timed."""
+    names = ("addmm",) if row["op"] == "lora_linear" and row["dropout"] else SAFE.get(row["op"], ())
+    return next((name for name in names if name in times), None)
+
+
+def measured_rows(document: dict[str, Any]) -> list[Row]:
+    """Each implementation of ours: {op, implementation, kernel, config, label of dtype, sizes, times, gain, gpu}.
+
+    config: a candidate's label, "" the default; kernel: whose. gain: the safe path's time over its own, None where
+    that has none. Times are those of graph replays where they were taken: few tokens run from graphs.
+    """
+    about, rows = document["about"], {}
+    for row, graph, times in groups(document):
+        safe = safe_of(row, times)
+        for found in times.values():
+            if not found["impl"].startswith("peft_fast:"):
+                continue
+            impl = found["impl"].removeprefix("peft_fast:")
+            key = (*(found[name] for name in _KEY), impl, found["config"])
+            if key in rows and not graph:
+                continue
+            rows[key] = {name: found[name] for name in (*_KEY, "config", "graph", "us_median")} | {
+                "implementation": impl, "kernel": KERNELS.get((found["op"], impl), ""), "gpu": about["device"],
+                "gain": None if safe is None else round(times[safe]["us_median"] / found["us_median"], 4),
+                "safe": safe or "", "arch": about["arch"], "torch": about["versions"]["torch"],
+                "triton": ".".join(about["versions"]["triton"].split(".")[:2]), "date": about["date"],
+                "commit": about["commit"],
+            }  # fmt: skip
+    return list(rows.values())
+
+
+def shipped_rows(document: dict[str, Any]) -> list[Row]:
+    """The fastest of ``measured_rows`` at each place where it is not the safe path and gains ``LEAST_GAIN`` over it."""
+    best: dict[tuple[Any, ...], Row] = {}
+    for row in measured_rows(document):
+        key = tuple(row[name] for name in _KEY)
+        if row["implementation"] == row["safe"] or row["gain"] is None or row["gain"] < LEAST_GAIN:
+            continue
+        if key not in best or row["us_median"] < best[key]["us_median"]:
+            best[key] = row
+    return list(best.values())
+
+
+# ---------------------------------------------------------------------------------------------------------- for people
+def _words(row: Row, graph: bool) -> str:
+    sizes = f"M {row['M']} N {row['N']} K {row['K']} R {row['R']}"
+    more = [f"p {row['dropout']}" if row["dropout"] else "", row["adapters"], "graph" if graph else ""]
+    return " ".join([row["op"], row["mode"], sizes, *filter(None, more)])
+
+
+def _us(times: Times, *names: str) -> float | None:
+    found: list[float] = [times[name]["us_median"] for name in names if name in times]
+    return min(found, default=None)
+
+
+def _ours(row: Row, times: Times) -> tuple[str, float] | None:
+    """The fastest that is ours and not the safe path."""
+    safe = safe_of(row, times)
+    mine = [name for name, found in times.items() if found["impl"].startswith("peft_fast") and name != safe]
+    return min(((name, times[name]["us_median"]) for name in mine), key=lambda pair: pair[1], default=None)
+
+
+def overview(document: dict[str, Any]) -> str:
+    """A table of us, what was wrong, and how far the phases came."""
+    about = document["about"]
+    lines = [f"{about.get('device')}, commit {about.get('commit')}", ""]
+    head = f"{'us':<74}{'base':>9}{'peft':>9}{'safe':>9}{'ours':>9}  over safe, which"
+    lines.append(head)
+    for row, graph, times in groups(document):
+        safe, ours = safe_of(row, times), _ours(row, times)
+        cells = [_us(times, "base"), _us(times, "peft"), _us(times, safe or ""), ours and ours[1]]
+        gain = f"{cells[2] / cells[3]:.2f}x" if cells[2] and cells[3] else "-"
+        shown = "".join(f"{'-' if us is None else f'{us:.1f}':>9}" for us in cells)
+        lines.append(f"{_words(row, graph):<74.74}{shown}  {gain} {ours[0] if ours else ''}")
+    wrong = [row for row in document["rows"] if not row["ok"]]
+    lines += ["", f"{len(wrong)} failed or wrong of {len(document['rows'])} rows"]
+    lines += [f"  {row['phase']}: {row['case']} {row['impl']}: {row['note']}"[:160] for row in wrong[:25]]
+    done = [f"{p['phase']} {p['done']}/{p['cases']} in {p['seconds']:.0f} s" for p in document["phases"]]
+    return "\n".join([*lines, "phases: " + ", ".join(done)])
+
+
+def readme_lines(document: dict[str, Any]) -> str:
+    """The section of README.md: decode, training, and single layers at one token and at 2048, as Markdown."""
+    about = document["about"]
+    lines = [
+        f"Measured on one {about['device']} ({about['date']}, commit {about['commit']}, torch "
+        f"{about['versions']['torch']}, triton {about['versions']['triton']}) by `python -m bench first-contact`.",
+        "", "| | base | peft | peft_fast | peft over peft_fast |", "|---|---|---|---|---|",
+    ]  # fmt: skip
+    for row, graph, times in groups(document):
+        base, peft, ours = _us(times, "base"), _us(times, "peft"), _us(times, "peft_fast", "peft_fast ids")
+        if ours is None or not _in_readme(row):
+            continue
+        gain = "-" if peft is None else f"{peft / ours:.2f}x"
+        cells = [_words(row, graph), *("-" if us is None else f"{us:.1f} us" for us in (base, peft, ours)), gain]
+        lines.append(f"| {' | '.join(cells)} |")
+    wrong = sum(not row["ok"] for row in document["rows"])
+    return "\n".join([*lines, "", f"{wrong} of {len(document['rows'])} rows failed or were wrong, and are not shown."])
+
+
+def _in_readme(row: Row) -> bool:
+    if row["op"] == "lora_linear":
+        return row["M"] in (1, 2048) and row["R"] == 16
+    return row["op"] != "lora_mixed" or row["adapters"].startswith("8 ")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its options."""
+    parser.add_argument("file", type=Path, metavar="FILE", help="the gpu.json of first-contact")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its section about a GPU is replaced")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write README's section and show the rows that are worth shipping.    Raises: SystemExit without the marks."""
+    document = read(args.file)
+    if document["about"]["rehearsal"]:
+        raise SystemExit(f"{args.file} is of a rehearsal: its times mean nothing")
+    text = args.readme.read_text()
+    section = f"{MARKS[0]}\n{readme_lines(document)}\n{MARKS[1]}"
+    new, count = re.subn(f"{MARKS[0]}.*?{MARKS[1]}", lambda _: section, text, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{args.readme}: expected one section between {MARKS[0]} and {MARKS[1]}, found {count}")
+    args.readme.write_text(new)
+    for row in shipped_rows(document):
+        print(json.dumps(row))
+    return 0
