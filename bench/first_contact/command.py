@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets gpu.json and log.txt")
@@ -32,7 +33,9 @@ def main(args: argparse.Namespace) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     _environment(args.rehearse)
     if args.rehearse:
-        importlib.import_module("peft")  # on a GPU children import it: it looks at the GPU
+        for name in ("peft", "transformers.masking_utils", "transformers.models.llama.modeling_llama"):
+            importlib.import_module(name)  # on a GPU children import them: they look at it
+        start = time.time()
     from . import phases, tables
     from .here import Here
     from .runner import Document, Runner
@@ -42,6 +45,8 @@ def main(args: argparse.Namespace) -> int:
     if not plan:
         known = ", ".join(p.name for p in (phases.SECOND if second else phases.PHASES))
         raise SystemExit(f"--only: there is no phase {' '.join(args.only)}; phases: {known}")
+    if not second:
+        (args.out / "log.txt").unlink(missing_ok=True)
     document = Document(args.out / ("second.json" if second else "gpu.json"))
     options: dict[str, Any] = {"rehearse": args.rehearse, "folder": str(args.out.resolve())}
     options["first"] = str(args.second_run.resolve()) if second else ""

@@ -1,4 +1,4 @@
-"""One layer: LoRA beside the vendor's product and peft, dropout's masks, mixed batches. Cases of bench's other parts."""
+"""One layer: LoRA beside the vendor's product and peft, dropout's masks, mixed batches."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -106,7 +106,7 @@ class MixedRank16(MixedOpCase):
         return [16] * self.adapters
 
     def tiny(self) -> "MixedRank16":
-        return replace(self, K=64, N=self.N // 64, M=min(self.M, 4), adapters=min(self.adapters, 2))
+        return replace(self, K=64, N=48, M=3, adapters=min(self.adapters, 2))
 
 
 class Mixed(mixed_sites.MixedLayer):

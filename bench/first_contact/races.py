@@ -18,7 +18,7 @@ _ROWS = 32
 
 def _case(here: Here, N: int) -> MixedOpCase:
     case = MixedOpCase("up", 4096, N, _ROWS, _ROWS)
-    return replace(case, K=128, N=256, M=4, adapters=4) if here.rehearse else case
+    return replace(case, K=64, N=64, M=3, adapters=3) if here.rehearse else case
 
 
 def _about(case: MixedOpCase, op: str, impl: str, mode: str) -> Row:
@@ -39,11 +39,14 @@ def race_rows(op: str, N: int, here: Here) -> Iterator[Row]:
     if op == "lora_linear_mixed_4bit":
         packed = four_bit(case.N, case.K, device)
         weights.w = plain(packed, x.dtype)
-        call: Callable[[], Tensor] = lambda: linear_mixed_4bit(  # noqa: E731
-            x, *packed[:-1], None, *table, *plan, "kernel"
-        )
+
+        def call() -> Tensor:
+            return linear_mixed_4bit(x, *packed[:-1], None, *table, *plan, "kernel")
     else:
-        call = lambda: lora_linear_mixed(x, weights.w, table, plan, implementation="one_launch")  # noqa: E731
+
+        def call() -> Tensor:
+            return lora_linear_mixed(x, weights.w, table, plan, implementation="one_launch")
+
     row = _about(case, op, "peft_fast:one_launch", "race")
     with torch.no_grad(), poisoned():
         first = call().clone()
@@ -61,7 +64,7 @@ def _repeated(call: Callable[[], Tensor], first: Tensor, here: Here) -> tuple[in
     target = torch.zeros_like(source)
     beside = torch.cuda.Stream() if here.on_gpu else None
     launches = 0
-    while launches < (3 if here.rehearse else _LAUNCHES) and here.left > 5:
+    while launches < (2 if here.rehearse else _LAUNCHES) and here.left > 5:
         if beside is not None:
             with torch.cuda.stream(beside):
                 target.copy_(source)

@@ -1,8 +1,8 @@
 """``python -m bench tables FILE``: what follows from first contact's JSON, and the lines of README.md about a GPU.
 
-    measured_rows   every implementation with its gain over the safe path, at the sizes measured
-    shipped_rows    of these the winners, where they won by ``LEAST_GAIN``
-    overview        for people, at the end of a run
+measured_rows   every implementation with its gain over the safe path, at the sizes measured
+shipped_rows    of these the winners, where they won by ``LEAST_GAIN``
+overview        for people, at the end of a run
 """
 
 import argparse
