@@ -70,7 +70,7 @@ def dropout_rows(case: OpCase, here: Here) -> Iterator[Row]:
     (w, a, b), x, dy = site.copies[0], site.x, site.dy
     seed = torch.tensor([123456789], device=here.device)
     bits = dropout_bits(seed, case.M, case.K, p)
-    keep = unpack_bits(bits, case.K, torch.float64)
+    keep = unpack_bits(bits, case.K, torch.float64) != 0
 
     def exact(dtype: torch.dtype) -> list[Tensor]:
         """y, dx, da, db by the formula, computed in ``dtype``."""
