@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("rehearsal")
-    command = [sys.executable, "-m", "bench", "first-contact", "--rehearse", "--out", str(out), "--seconds", "400"]
+    command = [sys.executable, "-m", "bench.first_contact", "--rehearse", "--out", str(out), "--seconds", "400"]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "COMMIT": "abc1234"})
     assert ran.returncode == 0, ran.stdout + ran.stderr
     return {"out": out, "printed": ran.stdout, **tables.read(out / "gpu.json")}
@@ -347,6 +347,23 @@ def test_failed_tests_are_named_as_pytest_takes_them(tmp_path: Path) -> None:
     assert failed == [
         "tests/interpreter/test_int8.py::TestGemm::test_a[1-2]", "tests/interpreter/test_mixed.py::test_b",
     ]  # fmt: skip
+
+
+def test_the_parent_imports_nothing_that_looks_at_the_gpu() -> None:
+    """Its children are forked from it: a GPU that it had looked at would be closed to them."""
+    program = (
+        "import sys, torch, bench.first_contact.phases, bench.first_contact.command, bench.first_contact.tables\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "print([name for name in ('transformers', 'peft', 'bitsandbytes') if name in sys.modules])"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.strip() == "[]", ran.stdout + ran.stderr
+
+
+def test_bench_knows_the_commands() -> None:
+    for command in ("first-contact", "tables"):
+        ran = subprocess.run([sys.executable, "-m", "bench", command, "--help"], cwd=ROOT, capture_output=True)
+        assert ran.returncode == 0
 
 
 def test_the_phases_fit_into_ten_minutes() -> None:

@@ -1,6 +1,7 @@
 """``python -m bench.first_contact``: as ``python -m bench first-contact``, and needs no pytest."""
 
 import argparse
+import os
 import sys
 
 from . import command
@@ -8,4 +9,6 @@ from . import command
 parser = argparse.ArgumentParser(prog="python -m bench.first_contact", description=command.__doc__)
 command.add_arguments(parser)
 if __name__ == "__main__":
-    sys.exit(command.main(parser.parse_args()))
+    status = command.main(parser.parse_args())
+    sys.stdout.flush()
+    os._exit(status)  # a child that a hung kernel keeps from dying is not waited for

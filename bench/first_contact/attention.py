@@ -32,7 +32,7 @@ class Attention(prefix_sites.PrefixAttention):
 
     @classmethod
     def providers(cls, case: PrefixSiteCase, device: torch.device) -> Sequence[str]:
-        tried = configs(_DKV, device, case.head_size, 2) if case.mode == "train" else {}
+        tried = configs(_DKV, device, case.head_size, 2) if (case.mode, case.dtype) == ("train", "bf16") else {}
         return [*_NAMES, *(f"peft_fast:kernel@{label}" for label in tried)]
 
     def compared(self, name: str) -> Compared:

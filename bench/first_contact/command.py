@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,9 +31,10 @@ def run(args: argparse.Namespace) -> int:
 def main(args: argparse.Namespace) -> int:
     """Do it; 0 when the machine answered, whatever was found on it."""
     start = time.time()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children are killed then too
     args.out.mkdir(parents=True, exist_ok=True)
     _environment(args.rehearse)
-    if args.rehearse:
+    if args.rehearse and args.second_run is None:
         for name in ("peft", "transformers.masking_utils", "transformers.models.llama.modeling_llama"):
             importlib.import_module(name)  # on a GPU children import them: they look at it
         start = time.time()

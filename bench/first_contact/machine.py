@@ -77,8 +77,8 @@ def host_rows(here: Here) -> Iterator[Row]:
         "F.linear": lambda: lambda: F.linear(x, w),
         "operator torch": lambda: _operator(x, w, a, b, "torch"),
         "operator one_launch": lambda: _operator(x, w, a, b, "one_launch"),
-        "layer of peft": lambda: _layer("peft", site),
         "layer of peft_fast": lambda: _layer("peft_fast", site),
+        "layer of peft": lambda: _layer("peft", site),  # last: importing peft takes seconds
     }
     for name, make in calls.items():
         row = {"op": "host", "impl": name, "dtype": "bfloat16", "M": 1, "N": case.N, "K": case.K, "R": case.R}

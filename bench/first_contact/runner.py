@@ -116,6 +116,8 @@ class Runner:
         try:
             self._until(until, phase, names, todo, workers, count, record)
         finally:
+            for worker in workers:  # all before the first is waited for
+                self._kill(worker)
             for worker in workers:
                 self._lost(worker, phase, names, "cut at the end of the phase")
             record["seconds"] = time.time() - begin
@@ -188,10 +190,13 @@ class Runner:
         self._end(worker)
 
     def _end(self, worker: _Worker) -> None:
-        """Kill the child and what it started. Its group is its own from its first line on."""
+        self._kill(worker)
         worker.connection.close()
+        worker.process.join(1)
+
+    def _kill(self, worker: _Worker) -> None:
+        """The child and what it started: its group is its own from its first line on."""
         try:
             os.killpg(worker.process.pid, signal.SIGKILL)
         except ProcessLookupError:
             worker.process.kill()
-        worker.process.join(5)
