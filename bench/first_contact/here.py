@@ -103,14 +103,16 @@ def configured(kernel: str, config: dict[str, int], call: Callable[..., Any]) ->
     return with_config
 
 
-def configs(kernel: str, device: torch.device, rank: int, most: int, itemsize: int = 2) -> dict[str, dict[str, int]]:
-    """Up to ``most`` candidates of a kernel on this device, by label."""
+def configs(
+    kernel: str, device: torch.device, rank: int, most: int, itemsize: int = 2, rows: int = 0
+) -> dict[str, dict[str, int]]:
+    """Up to ``most`` candidates of a kernel on this device, by label. rows: of x, where a program has to hold all."""
     for module in ("lora.linear", "mixed.linear", "quantized.fourbit_linear", "prefix.attention_bwd"):
         importlib.import_module(f"csrc_triton.{module}")  # each names its candidates
     from csrc_triton.common.tuning import arch_of, block_r, candidates_for
 
     found = [c for c in candidates_for(kernel, arch_of(device), itemsize) if block_r(rank) <= c.max_rank]
-    return {c.label: c.config for c in found[:most]}
+    return {c.label: c.config for c in [c for c in found if c.blocks["BLOCK_M"] >= rows][:most]}
 
 
 def measure_subject(subject: Subject, here: Here, about: Row) -> Iterator[Row]:

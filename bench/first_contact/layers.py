@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peft_fast.ops.choice import MIXED_ONE_LAUNCH_MAX_M
+
 from .. import lora_sites, mixed_sites
 from ..cases import MixedOpCase, OpCase
 from ..lora_sites import DTYPES, SCALING
@@ -112,16 +114,18 @@ class MixedRank16(MixedOpCase):
 class Mixed(mixed_sites.MixedLayer):
     """A ``MixedOpCase`` with every kernel by force, and configurations of the one launch."""
 
-    _plans = 3
-
     def __init__(self, case: MixedOpCase, session: Any) -> None:
         super().__init__(case, session)
         self.runner = functools.cache(self._runner)  # type: ignore[method-assign]  # of peft's it takes a second
 
     @classmethod
     def providers(cls, case: MixedOpCase, device: torch.device) -> Sequence[str]:
-        tried = configs("mixed_one_launch", device, max(case.ranks), cls._plans)
-        return [*mixed_sites.NAMES, *(f"peft_fast:one_launch@{label}" for label in tried)]
+        return [*mixed_sites.NAMES, *(f"peft_fast:one_launch@{label}" for label in cls._configs(case, device))]
+
+    @staticmethod
+    def _configs(case: MixedOpCase, device: torch.device) -> dict[str, dict[str, int]]:
+        fits = case.M <= MIXED_ONE_LAUNCH_MAX_M
+        return configs("mixed_one_launch", device, max(case.ranks), 3 * fits, rows=case.M)
 
     def compared(self, name: str) -> Compared:
         lora = name != "base"
@@ -138,8 +142,7 @@ class Mixed(mixed_sites.MixedLayer):
         call = mixed_sites.runner(base, self.site)
         if not label:
             return call
-        config = configs("mixed_one_launch", self.device, max(self.case.ranks), self._plans)[label]
-        return configured("mixed_one_launch", config, call)
+        return configured("mixed_one_launch", self._configs(self.case, self.device)[label], call)
 
 
 def mixed_rows(case: MixedOpCase, here: Here) -> Iterator[Row]:
