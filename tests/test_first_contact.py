@@ -64,9 +64,9 @@ def test_tables_read_what_first_contact_writes(rehearsal: dict[str, Any], tmp_pa
     measured = tables.measured_rows(rehearsal)
     assert {row["op"] for row in measured} == set(tables.SAFE)
     assert all(row["gain"] is not None for row in measured if row["op"] not in ("lora_linear_4bit", "lora_linear_int8"))
-    assert "peft over peft_fast" in tables.readme_lines(rehearsal)
+    assert "decode step" in tables.sentence(rehearsal) and "peft over peft_fast" in tables.table(rehearsal)
     with pytest.raises(SystemExit, match="rehearsal"):
-        tables.run(argparse.Namespace(file=rehearsal["out"] / "gpu.json", readme=tmp_path / "README.md"))
+        tables.run(argparse.Namespace(file=rehearsal["out"] / "gpu.json", root=tmp_path))
 
 
 def test_the_second_run_profiles_and_repeats_what_failed(rehearsal: dict[str, Any], tmp_path: Path) -> None:
@@ -311,27 +311,35 @@ def test_replays_of_graphs_count_where_there_are_any() -> None:
     assert shipped["graph"] and shipped["gain"] == 1.2
 
 
-def test_readme_gets_its_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_readme_and_docs_get_their_sections(tmp_path: Path) -> None:
     document = document_of(
-        dict(impl="base", us_median=9.0), dict(impl="peft", us_median=40.0), dict(impl="peft_fast", us_median=10.0)
-    )
+        dict(impl="base", us_median=9.0), dict(impl="peft", us_median=40.0), dict(impl="peft_fast", us_median=10.0),
+        dict(impl="base", us_median=3600.0, op="decode step"), dict(impl="peft", us_median=9000.0, op="decode step"),
+        dict(impl="peft_fast", us_median=4500.0, op="decode step"),
+    )  # fmt: skip
     (tmp_path / "gpu.json").write_text(json.dumps(document))
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
-    assert tables.run(argparse.Namespace(file=tmp_path / "gpu.json", readme=readme)) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
-    assert "NVIDIA H200" in text and "| 9.0 us | 40.0 us | 10.0 us | 4.00x |" in text
+    (tmp_path / "docs").mkdir()
+    readme, docs = tmp_path / "README.md", tmp_path / "docs" / "benchmarks.md"
+    readme.write_text("before <!-- gpu -->old<!-- /gpu --> after")
+    docs.write_text("before\n<!-- gpu -->\nold\n<!-- /gpu -->\nafter\n")
+    args = argparse.Namespace(file=tmp_path / "gpu.json", root=tmp_path)
+    for _ in range(2):
+        assert tables.run(args) == 0
+        text = readme.read_text()
+        assert text.startswith("before <!-- gpu -->One NVIDIA H200") and text.endswith("<!-- /gpu --> after")
+        assert "decode step, M = 1: 4.5 ms (1.25x of the base, 0.50x of peft)" in text
+        assert "| 9.0 us | 40.0 us | 10.0 us | - | 4.00x |" in docs.read_text() and "old" not in docs.read_text()
     readme.write_text("nothing to replace")
     with pytest.raises(SystemExit, match="expected one section"):
-        tables.run(argparse.Namespace(file=tmp_path / "gpu.json", readme=readme))
+        tables.run(args)
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match=r"expected the gpu\.json"):
         tables.read(tmp_path / "other.json")
 
 
-def test_the_readme_has_the_section() -> None:
-    text = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("name", ["README.md", "docs/benchmarks.md"])
+def test_the_sections_are_there(name: str) -> None:
+    text = (ROOT / name).read_text()
     assert all(text.count(mark) == 1 for mark in tables.MARKS)
 
 

@@ -1,4 +1,4 @@
-"""``python -m bench tables FILE``: what follows from first contact's JSON, and the lines of README.md about a GPU.
+"""``python -m bench tables FILE``: what follows from first contact's JSON, in README.md and docs/benchmarks.md.
 
 measured_rows   every implementation with its gain over the safe path, at the sizes measured
 shipped_rows    of these the winners, where they won by ``LEAST_GAIN``
@@ -137,26 +137,41 @@ def overview(document: dict[str, Any]) -> str:
     return "\n".join([*lines, "phases: " + ", ".join(done)])
 
 
-def readme_lines(document: dict[str, Any]) -> str:
-    """The section of README.md: decode, training, and single layers at one token and at 2048, as Markdown."""
+def sentence(document: dict[str, Any]) -> str:
+    """For README.md: the times of whole models, as multiples of the base's or of peft's."""
+    about, found = document["about"], []
+    for row, graph, times in groups(document):
+        ours, base, peft = _us(times, "peft_fast", "peft_fast ids"), _us(times, "base"), _us(times, "peft")
+        if row["op"] not in ("decode step", "training step") or ours is None:
+            continue
+        what = f"{row['op']}, M = {row['M']}{', graph' if graph else ''}: {ours / 1e3:.1f} ms"
+        of = [f"{ours / us:.2f}x of {name}" for name, us in (("the base", base), ("peft", peft)) if us is not None]
+        found.append(f"{what} ({', '.join(of)})")
+    return f"One {about['device']}, commit {about['commit']}, an 8B: {'; '.join(found)}."
+
+
+def table(document: dict[str, Any]) -> str:
+    """For docs/benchmarks.md: models, attention, quantized layers, and layers at one token and at 2048."""
     about = document["about"]
     lines = [
         f"Measured on one {about['device']} ({about['date']}, commit {about['commit']}, torch "
         f"{about['versions']['torch']}, triton {about['versions']['triton']}) by `python -m bench first-contact`.",
-        "", "| | base | peft | peft_fast | peft over peft_fast |", "|---|---|---|---|---|",
+        "", "| | base | peft | peft_fast | its fastest kernel | peft over peft_fast |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
     for row, graph, times in groups(document):
-        base, peft, ours = _us(times, "base"), _us(times, "peft"), _us(times, "peft_fast", "peft_fast ids")
-        if ours is None or not _in_readme(row):
+        base, peft, kernel = _us(times, "base"), _us(times, "peft"), _ours(row, times)
+        ours = _us(times, "peft_fast", "peft_fast ids")
+        if not _in_table(row) or (ours is None and kernel is None):
             continue
-        gain = "-" if peft is None else f"{peft / ours:.2f}x"
-        cells = [_words(row, graph), *("-" if us is None else f"{us:.1f} us" for us in (base, peft, ours)), gain]
-        lines.append(f"| {' | '.join(cells)} |")
+        gain = "-" if peft is None or ours is None else f"{peft / ours:.2f}x"
+        shown = ["-" if us is None else f"{us:.1f} us" for us in (base, peft, ours)]
+        best = f"{kernel[1]:.1f} us {kernel[0]}" if kernel and kernel[0] not in ("peft_fast", "peft_fast ids") else "-"
+        lines.append(f"| {' | '.join([_words(row, graph), *shown, best, gain])} |")
     wrong = sum(not row["ok"] for row in document["rows"])
     return "\n".join([*lines, "", f"{wrong} of {len(document['rows'])} rows failed or were wrong, and are not shown."])
 
 
-def _in_readme(row: Row) -> bool:
+def _in_table(row: Row) -> bool:
     if row["op"] == "lora_linear":
         return row["M"] in (1, 2048) and row["R"] == 16
     return row["op"] != "lora_mixed" or row["adapters"].startswith("8 ")
@@ -165,20 +180,27 @@ def _in_readme(row: Row) -> bool:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Its options."""
     parser.add_argument("file", type=Path, metavar="FILE", help="the gpu.json of first-contact")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="its section about a GPU is replaced")
+    parser.add_argument("--root", type=Path, default=ROOT, help="where README.md and docs/ are")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write README's section and show the rows that are worth shipping.    Raises: SystemExit without the marks."""
+    """Write what README and docs/benchmarks.md say of a GPU; print the rows that are worth shipping.
+
+    Raises: SystemExit for a rehearsal's file, and without the marks.
+    """
     document = read(args.file)
     if document["about"]["rehearsal"]:
         raise SystemExit(f"{args.file} is of a rehearsal: its times mean nothing")
-    text = args.readme.read_text()
-    section = f"{MARKS[0]}\n{readme_lines(document)}\n{MARKS[1]}"
-    new, count = re.subn(f"{MARKS[0]}.*?{MARKS[1]}", lambda _: section, text, flags=re.S)
-    if count != 1:
-        raise SystemExit(f"{args.readme}: expected one section between {MARKS[0]} and {MARKS[1]}, found {count}")
-    args.readme.write_text(new)
+    _put(args.root / "README.md", sentence(document))
+    _put(args.root / "docs" / "benchmarks.md", f"\n{table(document)}\n")
     for row in shipped_rows(document):
         print(json.dumps(row))
     return 0
+
+
+def _put(path: Path, text: str) -> None:
+    pattern, old = "(.*?)".join(MARKS), path.read_text()
+    new, count = re.subn(pattern, lambda _: text.join(MARKS), old, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{path}: expected one section between {MARKS[0]} and {MARKS[1]}, found {count}")
+    path.write_text(new)
