@@ -1,15 +1,18 @@
-"""Command line of the measurements: ``python -m bench aot | run | report | tune``."""
+"""Command line of the measurements: ``python -m bench aot | run | report | tune | first-contact | tables``."""
 
 import argparse
 import sys
 
 from . import aot, report, run, tune
+from .first_contact import command as first_contact, tables
 
 COMMANDS = {
     "aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like"),
     "run": (run, "measure LoRA beside plain torch and peft"),
     "report": (report, "show a result file side by side, draw it, fill in README.md and docs/benchmarks.md"),
     "tune": (tune, "measure on this GPU which configuration and which implementation is fastest; fill the tables"),
+    "first-contact": (first_contact, "ten minutes of a GPU: check every kernel at real sizes, time, one JSON"),
+    "tables": (tables, "what follows from the JSON of first-contact: rows to ship, README's lines about a GPU"),
 }
 
 

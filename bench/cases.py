@@ -6,7 +6,7 @@ of the kind that a CPU can try in a second.
 
 from dataclasses import dataclass, replace
 
-BYTES = {"bf16": 2, "fp32": 4}
+BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 MIXED_RANKS = (16, 4, 64, 8, 32)  # of the adapters in mixed batches, in turn
 
 

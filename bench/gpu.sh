@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The GPU campaign (docs/gpu_campaign.md): OUT=DIR bench/gpu.sh STEP..., each step within ten minutes.
+# Hours of a GPU, the second part of docs/gpu_campaign.md: OUT=DIR bench/gpu.sh STEP..., each step within ten minutes.
 # Results: OUT/STEP.json, default bench/results/gpu. A step whose result is there is passed over; AGAIN=1 measures it anew.
 # DRY=1 tries steps on the CPU with tiny sizes. PYTHON: default python.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-steps="check sanitize tune-configs tune-choices ceilings forward-qkv forward-o forward-gate_up forward-down backward mixed \
+steps="check tune-configs tune-choices ceilings forward-qkv forward-o forward-gate_up forward-down backward mixed \
 prefix-fwd prefix-train prefix-decode quant-dequant quant-linear train-lora train-prefix train-quant \
 decode-mixed decode-prefix decode-quant"
 [ $# -gt 0 ] || { echo "which steps? $steps, or all, in this order" >&2; exit 2; }
@@ -22,15 +22,6 @@ for step in "$@"; do
     case $step in
         check) # the kernels' own tests on the device, before anything is timed; without one all of it is skipped
             timeout 590 "$python" -m pytest tests/interpreter tests/test_mixed_gpu.py -n 8 -q 2>&1 | tee "$out/check.log" || status=1 ;;
-        sanitize) # kernels that wait for each other
-            if ! command -v compute-sanitizer > /dev/null; then
-                echo "compute-sanitizer is not installed: not done" | tee "$out/sanitize.log"
-                continue
-            fi
-            for tool in memcheck racecheck; do
-                timeout 290 compute-sanitizer --error-exitcode 9 --tool $tool "$python" -m pytest tests/test_mixed_gpu.py -q \
-                    2>&1 | tee "$out/sanitize-$tool.log" || status=1
-            done ;;
         tune-*) # goes on where it stopped: repeat it until it says that nothing is left
             dry=(); [ -z "${DRY:-}" ] || { dry=(--dry); tables="$out/tables"; }
             timeout 590 "$python" -m bench tune --only "${step#tune-}" --seconds 540 --tables "$tables" "${dry[@]}" || status=1

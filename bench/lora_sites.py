@@ -15,7 +15,7 @@ from .subject import Compared, Subject, TakesNoPart, Work
 if TYPE_CHECKING:
     from .session import Session
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SCALING = 2.0
 
 
@@ -126,7 +126,7 @@ PROVIDERS: dict[str, Callable[[Tensor, Tensor, Tensor, OpCase], nn.Module]] = {
     "peft compiled": _compiled(_library("peft")),
     "peft_fast": _library("peft_fast"),
 }
-KERNELS = {f"peft_fast:{name}": _forced(name) for name in ("torch", "one_launch", "split")}
+KERNELS = {f"peft_fast:{name}": _forced(name) for name in ("torch", "addmm", "one_launch", "split")}
 
 
 def layers(provider: str, site: Site) -> list[nn.Module]:

@@ -261,7 +261,7 @@ def test_gpu_sh_knows_every_step_and_passes_over_what_is_there(tmp_path: Path) -
     script = (ROOT / "bench" / "gpu.sh").read_text()
     (steps,) = re.findall(r'^steps="([^"]+)"', script, flags=re.M)
     known = steps.replace("\\\n", "").split()
-    assert set(known) == {*suites.GPU_STEPS, "check", "sanitize", "tune-configs", "tune-choices"}
+    assert set(known) == {*suites.GPU_STEPS, "check", "tune-configs", "tune-choices"}
     campaign = (ROOT / "docs" / "gpu_campaign.md").read_text()
     assert all(step in campaign or f"-{step.split('-')[1]}" in campaign for step in known)
 
