@@ -42,8 +42,8 @@ CANDIDATES = candidates("prefix_fwd", [
     Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, CUDA, max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32), 4, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, itemsize=4, max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=32), 8, 1, HOPPER, 4, max_rank=256, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=16, BLOCK_N=16), 8, 1, SMALL, 4, max_rank=256, default_to=ALWAYS),
+    # 16x32, and 8 warps, spill with masks
+    Candidate(dict(BLOCK_M=16, BLOCK_N=16), 4, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 # Up to this many queries per key head (L times the group) are a decode.
 DECODE_QUERIES = 64
