@@ -47,6 +47,14 @@ def lora_update_fwd(
     return _add_update(base.clone(memory_format=torch.contiguous_format), x, a, b, scaling, p, seed)
 
 
+def dropout_mask(seed: Tensor, x: Tensor, p: float) -> Tensor:
+    """What x (..., K) is multiplied with: 0, or 1 / (1 - p) where an element is kept, in x's dtype."""
+    K = x.shape[-1]
+    rows = x.numel() // max(K, 1)
+    keep = unpack_bits(dropout_bits(seed, rows, K, p), K, x.dtype)
+    return masked(torch.full((rows, K), 1 / (1 - p), dtype=x.dtype, device=x.device), keep).view(x.shape)
+
+
 def lora_linear_bwd(
     dy: Tensor,
     x: Tensor,

@@ -490,3 +490,42 @@ def test_errors_are_the_same_without_gradients(change):
     with torch.no_grad(), pytest.raises(ValueError) as without:
         functional.lora_linear(*tensors.values(), 1.0)
     assert str(without.value) == str(with_gradients.value)
+
+
+# ---------------------------------------------------------------------------------------------------- the range of fp16
+RANGES = [(300.0, 1.0), (3000.0, 0.1), (1.0, 1e-4), (1.0, 1e-6), (100.0, 1e-5)]
+
+
+@pytest.mark.parametrize("op", ["linear", "update"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(("size_of_x", "size_of_b"), RANGES)
+@pytest.mark.parametrize("rows", [16, 130])
+def test_fp16_with_fp32_adapters_stays_in_range(
+    rows: int, size_of_x: float, size_of_b: float, p: float, op: str
+) -> None:
+    """x @ a.T overflows for large activations, dy @ b vanishes for a small B; PEFT makes these products in fp32."""
+    torch.manual_seed(0)
+    K, N, R = 1024, 512, 8
+    x, w = (size_of_x * torch.randn(rows, K)).half(), (torch.randn(N, K) * K**-0.5 / size_of_x).half()
+    a, b = torch.randn(R, K) * K**-0.5, size_of_b * torch.randn(N, R)
+    dy, seed = torch.randn(rows, N).half(), torch.tensor([5])
+    found = []
+    for dtype in (torch.float16, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        x2, a2, b2 = (t.detach().clone().to(d).requires_grad_() for t, d in ((x, dtype), (a, wide), (b, wide)))
+        more = dict(dropout_p=p, seed=seed if p else None)
+        if op == "linear":
+            y = functional.lora_linear(x2, w.to(dtype), a2, b2, 2.0, **more)
+        else:
+            y = functional.lora_update(F.linear(x2, w.to(dtype)), x2, a2, b2, 2.0, **more)
+        y.backward(dy.to(dtype))
+        found.append((y.detach(), x2.grad, a2.grad, b2.grad))
+    for ours, exact in zip(*found, strict=True):
+        within = exact.abs() < 6e4
+        assert ours.isfinite().logical_or(~within).all()
+        cosine = F.cosine_similarity(ours[within].double(), exact[within], dim=0)
+        assert cosine > 0.999, cosine
+    with torch.no_grad():
+        y = functional.lora_linear(x, w, a, b, 2.0)
+        exact = functional.lora_linear(x.double(), w.double(), a.double(), b.double(), 2.0)
+    assert y.isfinite().logical_or(exact.abs() > 6e4).all()

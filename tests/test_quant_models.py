@@ -278,7 +278,8 @@ def test_prompt_learning(directory: Path, kind: str, method: str) -> None:
     torch.testing.assert_close(loss, their_loss)
     for gradient, expected in zip(mine, theirs, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(my_logits, their_logits, rtol=1e-3, atol=1e-3)
+    # peft's begin with those of the virtual tokens
+    torch.testing.assert_close(my_logits, their_logits[:, -my_logits.shape[1] :], rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:bitsandbytes packed this")

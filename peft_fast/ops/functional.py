@@ -62,7 +62,8 @@ def lora_linear(
         implementation; TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
     Source: Hu et al. 2021, arXiv:2106.09685; PEFT's LoRA layer. No double backward, no torch.func transforms.
     """
-    name = requested("lora_linear", implementation)
+    asked = requested("lora_linear", implementation)
+    name = _within_range(asked, x, a)
     plain = dropout_p == 0 and _plain_inference(x, a, w.shape[0], name)
     if plain and b.shape[0] == w.shape[0] and not torch.compiler.is_compiling():
         # The checks below cost as much as one token's update: they are made only when torch refuses.
@@ -77,7 +78,7 @@ def lora_linear(
     if w.shape != (N, x.shape[-1]):
         raise ValueError(f"lora_linear: x (..., K) and w (N, K) must share K, got {_sizes(x, w)}")
     if name == "peft":
-        return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p)
+        return _peft_update(F.linear(x, w, bias), x, a, b, scaling, dropout_p, None if asked == name else seed)
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
@@ -110,7 +111,8 @@ def lora_update(
     Returns: (..., N), a new tensor.
     Raises: as ``lora_linear``.
     """
-    name = requested("lora_update", implementation)
+    asked = requested("lora_update", implementation)
+    name = _within_range(asked, x, a)
     N = base.shape[-1]
     _check("lora_update", x, a, b, N, dropout_p, seed)
     if base.shape[:-1] != x.shape[:-1]:
@@ -118,7 +120,7 @@ def lora_update(
             f"lora_update: base (..., N) and x (..., K) must share their leading sizes, got {_sizes(base, x)}"
         )
     if name == "peft":
-        return _peft_update(base, x, a, b, scaling, dropout_p)
+        return _peft_update(base, x, a, b, scaling, dropout_p, None if asked == name else seed)
     if dropout_p == 0 and _plain_inference(x, a, N, name):
         return reference.lora_update(base, x, a, b, scaling)
     x = x.to(_autocast_dtype(x) or x.dtype)
@@ -147,7 +149,7 @@ def lora_linear_group(x: Tensor, sites: Sequence[LoraSite], *, implementation: s
     """
     if not sites:
         raise ValueError("lora_linear_group: sites must hold at least one LoraSite, got none")
-    name = requested("lora_linear_group", implementation)
+    name = _within_range(requested("lora_linear_group", implementation), x, sites[0].a)
     dtype = None if name == "peft" else _autocast_dtype(x)
     if name == "peft" or dtype is not None:  # site by site: casts are made in one place
         return [lora_linear(x, w, a, b, scaling, bias, implementation=name) for w, a, b, scaling, bias in sites]
@@ -328,7 +330,28 @@ def _on_cpu(x: Tensor) -> bool:
     return x.is_cpu
 
 
-def _peft_update(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float) -> Tensor:
-    """PEFT's own arithmetic: x in the adapter's dtype, each product rounded there, the sum in the promoted dtype."""
-    low_rank = F.linear(F.linear(F.dropout(x.to(a.dtype), p, p > 0), a), b)
+def _within_range(name: str, x: Tensor, a: Tensor) -> str:
+    """ "peft" for an fp16 x with fp32 adapters and no autocast, where nothing else is asked for.
+
+    In fp16 x @ a.T and dy @ b leave the range: with large activations they overflow, with a small B they vanish, and A
+    gets no gradient. PEFT makes these products in fp32. Under autocast it makes them in fp16 as well.
+    """
+    if name == "auto" and x.dtype is torch.float16 and a.dtype is torch.float32 and _autocast_dtype(x) is None:
+        return "peft"
+    return name
+
+
+def _peft_update(
+    base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float, p: float, seed: Tensor | None = None
+) -> Tensor:
+    """PEFT's own arithmetic: x in the adapter's dtype, each product rounded there, the sum in the promoted dtype.
+
+    seed: draw dropout's mask from it, as every operator does; None: from torch's generator, as PEFT.
+    """
+    x = x.to(a.dtype)
+    if seed is None or p == 0:
+        x = F.dropout(x, p, p > 0)
+    else:
+        x = x * reference.dropout_mask(seed, x, p)
+    low_rank = F.linear(F.linear(x, a), b)
     return (base + low_rank * scaling).to(base.dtype)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..quant import FourBit, Int8
 from .choice import choose_quantized, requested
 from .fourbit_linear import linear_4bit, linear_mixed_4bit
-from .functional import _check, _check_mixed
+from .functional import _check, _check_mixed, _peft_update, _within_range
 from .mixed_plan import MixedPlan, MixedSite
 from .quantized import LinearQuantized, LoraLinearQuantized, linear_int8
 
@@ -36,10 +36,12 @@ def lora_linear_quantized(
     Raises: as ``lora_linear``.
     Source: Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
     """
-    name = requested("lora_linear_quantized", implementation)
+    name = _within_range(requested("lora_linear_quantized", implementation), x, a)
     N, K = w.shape
     _check("lora_linear_quantized", x, a, b, N, dropout_p, seed)
     _check_weight("lora_linear_quantized", x, w, bias)
+    if name == "peft":
+        return _peft_update(linear_quantized(x, w, bias), x, a, b, scaling, dropout_p, seed)
     x2 = x.reshape(-1, K)
     y: Tensor
     if isinstance(w, FourBit) and dropout_p == 0 and not torch.is_grad_enabled():
