@@ -50,8 +50,9 @@ def run(options: Options) -> int:
             print(train_report.how_to_load(options, finished))
             return 0
         model, other_head = train_model.build(options, plan, device)
+        ends = options.task == "seq-cls" and plan.config.is_encoder_decoder
         rows = [
-            Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes)
+            Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes, ends=ends)
             for lines, chosen in ((data.lines, data.train), (data.held_out_lines, data.held_out))
         ]
         if plan.text.end is None and options.task == "causal-lm":
@@ -98,6 +99,9 @@ def _finish(
         "head_replaced": other_head,
     }
     found = train_report.results(trainer.state.log_history, options, plan.classes, numbers)
+    train_loop.check_finite(model, trainer.state.global_step)
+    if plan.classes:  # a base knows neither the labels' names nor, often, a token that fills rows up
+        plan.config.to_json_file(options.out / train_report.BASE_CONFIG)
     model.save_pretrained(options.out)
     picture = train_report.draw(found, options.out / "loss.png")
     write_json(options.out / train_out.RESULTS, found)

@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -129,7 +129,16 @@ def _trainer_class() -> Any:
         control: Any
 
         def _save(self, output_dir: str, state_dict: Any = None) -> None:
+            check_finite(self.model, self.state.global_step)
             self.model.save_pretrained(output_dir)
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """transformers' schedule from its second rate on: the first one is 0, and a step with it learns nothing."""
+            schedule = super().create_scheduler(num_training_steps + 1, optimizer)
+            schedule.lr_lambdas = [_one_later(rate) for rate in schedule.lr_lambdas]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * rate(0)
+            return schedule
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             load_adapter(self.model, Path(resume_from_checkpoint))
@@ -190,6 +199,18 @@ def _keep_as_trained(model: Any) -> None:
             module.train()
 
 
+def check_finite(model: Any, step: int) -> None:
+    """Raises: CommandError if a number that is trained has become NaN or infinite."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise CommandError(
+            f"after step {step} the adapter has numbers that are no numbers (NaN or infinite); a smaller --lr may help"
+        )
+
+
+def _one_later(rate: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: rate(step + 1)
+
+
 def _learned(inputs: Mapping[str, Any]) -> Any:
     return (inputs["labels"] != IGNORED).sum()
 
@@ -224,10 +245,12 @@ def _add_callbacks(trainer: Any, stop: Stop) -> None:
                 control.should_evaluate = control.should_evaluate and state.global_step >= state.max_steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-            loss = logs.get("loss", 0.0)
+            name = "eval_loss" if "eval_loss" in logs else "loss"
+            loss = logs.get(name, 0.0)
             if not math.isfinite(loss):
+                of = "held-out rows after step" if name == "eval_loss" else "step"
                 raise CommandError(
-                    f"the loss of step {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
+                    f"the loss of {of} {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
                     "are kept"
                 )
 

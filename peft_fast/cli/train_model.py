@@ -1,10 +1,12 @@
 """The model of `peft-fast train`: what is checked of it before its weights are read, base, quantization, adapter."""
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
 from .errors import CommandError, UsageError
 from .generate_model import ByteCodec, codec_of
@@ -63,18 +65,26 @@ def plan(options: Options, labels: frozenset[str | int]) -> Plan:
     auto = getattr(transformers, _AUTO[options.task])
     if type(config) not in auto._model_mapping or (options.task == "causal-lm" and config.is_encoder_decoder):
         raise UsageError(f"{where}: {config.model_type} has no model for --task {options.task}")
+    if options.task == "causal-lm" and _sees_what_follows(config):
+        raise UsageError(
+            f"{where}: {config.model_type} is an encoder, its tokens see those behind them: with --task causal-lm it "
+            "would learn to copy; use --task seq-cls, or a decoder"
+        )
     if codec is None:
         raise UsageError(
             f"{where}: there is no tokenizer in it, and bytes are tokens only where the vocabulary is 256; put the "
             "tokenizer's files beside config.json"
         )
     end, pad = _end_and_pad(codec, generation, config)
+    if options.task == "seq-cls" and config.is_encoder_decoder:
+        end, pad = _end_and_pad_of_encoder_decoder(options, config, pad)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad  # a classifier looks for the last token that is not this one
     text: Text = ByteText(codec, end) if isinstance(codec, ByteCodec) else TokenizerText(codec.tokenizer, end)
-    found = Plan(auto, config, text, pad, _max_length(options, config), classes)
-    _check_targets(options, found)
-    return found
+    with torch.device("meta"):
+        shape = auto.from_config(config)
+    _check_targets(options, shape)
+    return Plan(auto, config, text, pad, _max_length(options, shape), classes)
 
 
 def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool]:
@@ -210,10 +220,51 @@ def _end_and_pad(codec: Any, generation: Any, config: Any) -> tuple[int | None, 
     return end, next(pad for pad in pads if pad is not None)
 
 
-def _max_length(options: Options, config: Any) -> int:
+def _end_and_pad_of_encoder_decoder(options: Options, config: Any, pad: int) -> tuple[int, int]:
+    """For its classifier, which looks at the end token: every row has one, and what fills rows up is another token."""
+    where, end = f"--model {options.model}", config.eos_token_id
+    if not isinstance(end, int):
+        raise UsageError(
+            f"{where}: its config.json names no end token (eos_token_id), at which the classifier of "
+            f"{config.model_type} looks"
+        )
+    if options.method in ("prompt", "p-tuning"):
+        raise UsageError(
+            f"--method {options.method}: the classifier of {config.model_type} finds its end token by its number, and "
+            "learned tokens have none; use --method lora or prefix"
+        )
+    return end, pad if pad != end else int(end == 0)
+
+
+def _sees_what_follows(config: Any) -> bool:
+    """Whether tokens see those behind them, so that a loss on the next token says nothing."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    text = config.get_text_config()
+    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
+        return True
+    decoder = getattr(text, "causal" if text.model_type in ("xlm", "flaubert") else "is_decoder", False)
+    return text.model_type == "xlnet" or (text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder)
+
+
+def _positions(shape: Any) -> int | None:
+    """How many tokens the model has positions for; None: as many as wanted.
+
+    As in RoBERTa, numbers of positions begin behind that of padding where there is one.
+    """
+    counts = [
+        module.weight.shape[0] - module.padding_idx - 1
+        for name, module in shape.named_modules()
+        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "padding_idx", None) is not None
+    ]
+    stated = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
+    return min([*counts, *([stated] if isinstance(stated, int) else [])], default=None)
+
+
+def _max_length(options: Options, shape: Any) -> int:
     learned = options.num_virtual_tokens or 0
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = positions - learned if isinstance(positions, int) else None
+    positions = _positions(shape)
+    room = positions - learned if positions is not None else None
     if room is not None and room < 2:
         raise UsageError(
             f"--num-virtual-tokens {learned}: the model has {positions} positions, none is left for a text"
@@ -226,20 +277,30 @@ def _max_length(options: Options, config: Any) -> int:
     return options.max_length
 
 
-def _check_targets(options: Options, plan: Plan) -> None:
-    """Every name of --target-modules is a layer's, or the end of one."""
-    if options.target_modules in (None, ["all-linear"]):
+def _check_targets(options: Options, shape: Any) -> None:
+    """Every name of --target-modules is that of layers that LoRA can adapt, or the end of one."""
+    if options.method != "lora":
         return
-    with torch.device("meta"):
-        model = plan.auto.from_config(plan.config)
-    modules = dict(model.named_modules())
-    for target in options.target_modules or []:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            linear = {name.rpartition(".")[2] for name, module in modules.items() if hasattr(module, "weight")}
+    from transformers.pytorch_utils import Conv1D
+
+    from peft_fast import get_peft_model
+
+    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+    modules = dict(shape.named_modules())
+    layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, kinds)})
+    for target in options.target_modules or [] if options.target_modules != ["all-linear"] else []:
+        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not any(isinstance(module, kinds) for module in found):
+            what = f"is {type(found[0]).__name__}, which LoRA cannot adapt" if found else "the model has no such module"
+            near = get_close_matches(target, layers, n=1)
             raise UsageError(
-                f"--target-modules {target}: the model has no such module; it has {', '.join(sorted(linear))} "
-                "(all-linear takes all linear ones)"
+                f"--target-modules {target}: {what}; it has {', '.join(layers[:30])} (all-linear takes all linear ones)"
+                + (f"; did you mean {near[0]}?" if near else "")
             )
+    try:
+        get_peft_model(shape, peft_config(options))
+    except (ValueError, TypeError, NotImplementedError) as error:  # what the library refuses, before weights are read
+        raise UsageError(f"--target-modules {' '.join(options.target_modules or [])}: {error}") from None
 
 
 def _first_line(error: BaseException) -> str:

@@ -67,6 +67,10 @@ def from_arguments(args: argparse.Namespace) -> Options:
     for name, default in own.items():
         if values[name] is None:
             values[name] = default
+    if args.target_modules is not None:
+        values["target_modules"] = [name for names in args.target_modules for name in names.split(",") if name]
+        if not values["target_modules"]:
+            raise UsageError(f"--target-modules {' '.join(args.target_modules)}: expected names of layers")
     if args.lr is None:
         values["lr"] = LEARNING_RATES[args.method]
     return Options(**values)
@@ -114,7 +118,7 @@ def _add_method(group: Any) -> None:
         "--target-modules",
         nargs="+",
         metavar="NAME",
-        help="lora: names of the layers, or all-linear (default: all-linear)",
+        help="lora: names of the layers, with spaces or commas between, or all-linear (default: all-linear)",
     )
     add("--r", type=whole(1), metavar="N", help="lora: the rank (default: 16)")
     add("--lora-alpha", type=whole(1), metavar="N", help="lora: the update is scaled by it / rank (default: 32)")
@@ -139,6 +143,8 @@ def _add_training(group: Any) -> None:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
     add(
         "--lr",
+        "--learning-rate",
+        dest="lr",
         type=_number(0, math.inf, "a number above 0"),
         metavar="X",
         help=f"learning rate, warmed up over 3%% of the steps, then brought down to 0 (default: {rates})",

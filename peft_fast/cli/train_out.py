@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of the run: a run does not go on with another version's
+FORMAT = 2  # of the run: a run does not go on with another version's
 STATE = "trainer_state.json"
 _LOCK, _RUN, RESULTS = ".lock", "run.json", "results.json"
 Json = dict[str, Any]

@@ -9,9 +9,9 @@ from .train_options import Options
 
 AUTO = {
     "causal-lm": "AutoPeftModelForCausalLM",
-    "seq-cls": "AutoPeftModelForSequenceClassification",
     "seq2seq": "AutoPeftModelForSeq2SeqLM",
 }
+BASE_CONFIG = "base_config.json"  # of a classifier: labels, and the token that fills rows up
 Log = Sequence[Mapping[str, float]]
 
 
@@ -56,11 +56,15 @@ def summary(found: Mapping[str, Any]) -> str:
 
 def how_to_load(options: Options, found: Mapping[str, Any]) -> str:
     """One line of Python."""
-    more = f", num_labels={len(found['labels'])}" if "labels" in found else ""
-    more += ", ignore_mismatched_sizes=True" if found["head_replaced"] else ""
+    if "labels" not in found:
+        name = AUTO[options.task]
+        return f'load it: from peft_fast import {name}; model = {name}.from_pretrained("{options.out}")'
+    config = f'config=AutoConfig.from_pretrained("{options.out / BASE_CONFIG}")'
+    config += ", ignore_mismatched_sizes=True" if found["head_replaced"] else ""
     return (
-        f"load it: from peft_fast import {AUTO[options.task]}; "
-        f'{AUTO[options.task]}.from_pretrained("{options.out}"{more})'
+        "load it: from transformers import AutoConfig, AutoModelForSequenceClassification; from peft_fast import "
+        f'PeftModel; base = AutoModelForSequenceClassification.from_pretrained("{options.model}", {config}); '
+        f'model = PeftModel.from_pretrained(base, "{options.out}")'
     )
 
 

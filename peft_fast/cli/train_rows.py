@@ -75,8 +75,18 @@ class Rows(Dataset[Row]):
     """The rows of some of the lines, made when they are asked for."""
 
     def __init__(
-        self, lines: Lines, chosen: Sequence[int], task: str, text: Text, max_length: int, classes: Sequence[str | int]
+        self,
+        lines: Lines,
+        chosen: Sequence[int],
+        task: str,
+        text: Text,
+        max_length: int,
+        classes: Sequence[str | int],
+        *,
+        ends: bool = False,
     ) -> None:
+        """ends: a text to classify has the end token once, at its end, as classifiers with a decoder ask for."""
+        self.ends = ends
         self.lines, self.chosen, self.task, self.text, self.max_length = lines, chosen, task, text, max_length
         self.class_of = {label: index for index, label in enumerate(classes)}
         self.asked = self.cut = 0  # rows so far, and those of them that were longer than max_length
@@ -113,6 +123,10 @@ class Rows(Dataset[Row]):
 
     def _whole(self, text: str) -> list[int]:
         tokens = self.text.whole(text)
+        if self.ends and self.text.end is not None:
+            tokens = [token for token in tokens if token != self.text.end]
+            self.cut += len(tokens) >= self.max_length
+            return [*tokens[: self.max_length - 1], self.text.end]
         if len(tokens) <= self.max_length:
             return tokens
         self.cut += 1
