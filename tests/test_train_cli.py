@@ -230,10 +230,10 @@ def test_what_a_run_leaves(
     more = ("--epochs", "2", "--batch-size", "4", "--eval-split", "0.2", "--r", "4")
     assert job.run(*more) == 0
     printed, bar = capsys.readouterr()
-    assert "2/4" in bar or "4/4" in bar, "a bar of steps"
+    assert "step 4 of 4: loss" in bar, "a line of each step"
     names = {path.name for path in job.out.iterdir()} - {".lock"}
     assert names == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-4", "loss.png", "results.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "loss.png", "results.json",
         "run.json",
     }  # fmt: skip
     assert (job.out / "loss.png").read_bytes().startswith(b"\x89PNG") and (job.out / "loss.png").stat().st_size > 9000

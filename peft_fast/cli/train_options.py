@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from .errors import UsageError
 
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}  # transformers' names
 METHODS = ("lora", "prefix", "prompt", "p-tuning")
 QUANTIZE = ("nf4", "nf4-dq", "fp4", "int8", "none")
 TASKS = ("causal-lm", "seq-cls", "seq2seq")
@@ -44,7 +45,13 @@ class Options(NamedTuple):
     max_length: int | None
     bf16: bool
     gradient_checkpointing: bool
-    save_steps: int
+    weight_decay: float
+    schedule: str
+    warmup: float
+    packing: bool
+    save_steps: int | None
+    keep_best: bool
+    early_stopping: int | None
     seed: int
     device: str
     resume: bool
@@ -71,8 +78,11 @@ def from_arguments(args: argparse.Namespace) -> Options:
         values["target_modules"] = [name for names in args.target_modules for name in names.split(",") if name]
         if not values["target_modules"]:
             raise UsageError(f"--target-modules {' '.join(args.target_modules)}: expected names of layers")
+    if args.packing and (args.method != "lora" or args.task != "causal-lm"):
+        raise UsageError("--packing is for --method lora and --task causal-lm: other rows cannot share one")
     if args.lr is None:
         values["lr"] = LEARNING_RATES[args.method]
+    values["keep_best"] = args.keep_best or args.early_stopping is not None
     return Options(**values)
 
 
@@ -147,8 +157,18 @@ def _add_training(group: Any) -> None:
         dest="lr",
         type=_number(0, math.inf, "a number above 0"),
         metavar="X",
-        help=f"learning rate, warmed up over 3%% of the steps, then brought down to 0 (default: {rates})",
+        help=f"learning rate, see --schedule (default: {rates})",
     )
+    add(
+        "--schedule",
+        choices=SCHEDULES,
+        default="linear",
+        help="how the rate goes down to 0 when it has been warmed up, or that it stays (default: linear)",
+    )
+    fraction = _number(0, 1, "a fraction from 0 to below 1", low_allowed=True)
+    add("--warmup", type=fraction, default=0.03, metavar="FRACTION", help="of the steps (default: 0.03)")
+    decay = _number(0, math.inf, "a number, 0 or more", low_allowed=True)
+    add("--weight-decay", type=decay, default=0.0, metavar="X", help="of AdamW (default: 0)")
     add(
         "--max-length",
         type=whole(2),
@@ -157,7 +177,21 @@ def _add_training(group: Any) -> None:
     )
     add("--bf16", action="store_true", help="the base in bfloat16, autocast; without it everything is in float32")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    add("--save-steps", type=whole(1), default=100, metavar="N", help="steps between checkpoints (default: 100)")
+    add("--packing", action="store_true", help="the rows of a batch behind one another: no time for filling them up")
+    add(
+        "--save-steps",
+        type=whole(1),
+        metavar="N",
+        help="steps between checkpoints and evaluations (default: an epoch, if that is not more than 100 steps or less "
+        "than a 20th of the run)",
+    )
+    add("--keep-best", action="store_true", help="the adapter of the checkpoint with the least loss held out")
+    add(
+        "--early-stopping",
+        type=whole(1),
+        metavar="N",
+        help="stop when N evaluations in a row found no smaller loss (implies --keep-best)",
+    )
     add("--seed", type=whole(0), default=0, metavar="N", help="default: 0")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (default: auto)")
 
