@@ -233,8 +233,8 @@ def test_what_a_run_leaves(
     assert "step 4 of 4: loss" in bar, "a line of each step"
     names = {path.name for path in job.out.iterdir()} - {".lock"}
     assert names == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "loss.png", "results.json",
-        "run.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "loss.png",
+        "results.json", "run.json",
     }  # fmt: skip
     assert (job.out / "loss.png").read_bytes().startswith(b"\x89PNG") and (job.out / "loss.png").stat().st_size > 9000
     assert peft.PeftConfig.from_pretrained(job.out).base_model_name_or_path == str(llama.resolve())

@@ -14,6 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from peft_fast.quant import kind_of
@@ -23,6 +24,7 @@ from .train_options import SCHEDULES, Options
 from .train_rows import IGNORED, Rows
 
 LONGEST = 100  # steps between checkpoints, if nothing else is said
+TRAINED = "trained.safetensors"  # of p-tuning: its network; the adapter is only what comes out of it
 POINTS = 500  # of the loss curve, at most
 
 
@@ -122,6 +124,9 @@ def load_adapter(model: Any, checkpoint: Path) -> None:
     """The numbers of the checkpoint's adapter into the model's."""
     from peft_fast import load_peft_weights, set_peft_model_state_dict
 
+    if (checkpoint / TRAINED).is_file():
+        model.load_state_dict(load_file(checkpoint / TRAINED), strict=False)
+        return
     set_peft_model_state_dict(model, load_peft_weights(str(checkpoint)))
 
 
@@ -150,6 +155,9 @@ def _trainer_class() -> Any:
         def _save(self, output_dir: str, state_dict: Any = None) -> None:
             check_finite(self.model, self.state.global_step)
             self.model.save_pretrained(output_dir)
+            if self.model.peft_config["default"].peft_type == "P_TUNING":
+                trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+                save_file(trained, Path(output_dir) / TRAINED)
 
         def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
             """transformers' schedule from its second rate on: the first one is 0, and a step with it learns nothing."""
