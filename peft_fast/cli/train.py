@@ -44,24 +44,25 @@ def run(options: Options) -> int:
     if options.keep_best and not data.held_out:
         raise UsageError("--keep-best and --early-stopping compare losses of held-out lines, and none are held out")
     with _quiet():
-        plan = train_model.plan(options, data.lines.labels)
+        chats = "messages" in (*data.lines.keys, *data.held_out_lines.keys)
+        plan = train_model.plan(options, data.lines.labels, chats=chats)
         origin = train_out.origin(options, data.lines, data.held_out_lines)
         finished = train_out.check(options, origin)
         if finished is not None:
             print(f"{options.out}: finished by an earlier run, kept\n{train_report.summary(finished)}")
             print(train_report.how_to_use(options, finished, data.lines.keys))
             return 0
-        model, other_head = train_model.build(options, plan, device)
-        if options.packing:
-            train_packing.check(model)
         ends = options.task == "seq-cls" and plan.config.is_encoder_decoder
         rows = [
             Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes, ends=ends)
             for lines, chosen in ((data.lines, data.train), (data.held_out_lines, data.held_out))
         ]
-        if plan.text.end is None and options.task == "causal-lm":
+        if options.task == "causal-lm" and (plan.text.end is None or chats):
             for part in rows:
                 part.check_each_has_something_to_learn()
+        model, other_head = train_model.build(options, plan, device)
+        if options.packing:
+            train_packing.check(model)
         with train_out.locked(options.out), train_loop.Stop() as stop:
             checkpoint = train_out.begin(options.out, origin)
             trainer = train_loop.make_trainer(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
+from . import train_chat
 from .errors import CommandError, UsageError
 from .generate_model import ByteCodec, codec_of
 from .train_options import Options
@@ -37,7 +38,7 @@ class Plan(NamedTuple):
     classes: Sequence[str | int]
 
 
-def plan(options: Options, labels: frozenset[str | int]) -> Plan:
+def plan(options: Options, labels: frozenset[str | int], *, chats: bool = False) -> Plan:
     """Read the model's configuration and tokenizer, and check that the options fit them.
 
     Raises: UsageError for a directory that is no model of transformers, a model that cannot do the task, target modules
@@ -75,6 +76,8 @@ def plan(options: Options, labels: frozenset[str | int]) -> Plan:
             f"{where}: there is no tokenizer in it, and bytes are tokens only where the vocabulary is 256; put the "
             "tokenizer's files beside config.json"
         )
+    if chats and (missing := train_chat.what_is_missing(getattr(codec, "tokenizer", None))):
+        raise UsageError(f'{where}: for "messages" {missing}')
     end, pad = _end_and_pad(codec, generation, config)
     if options.task == "seq-cls" and config.is_encoder_decoder:
         end, pad = _end_and_pad_of_encoder_decoder(options, config, pad)
