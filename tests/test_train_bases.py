@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_fast.cli.main import main
-from peft_fast.cli.train_model import _sees_what_follows
+from peft_fast.cli.train_fit import sees_what_follows
 
 SIZES = {
     "vocab_size": 256,
@@ -91,8 +91,8 @@ def test_an_encoder_made_a_decoder_does(tmp_path: Path) -> None:
 
 
 def test_a_decoder_whose_config_lets_tokens_see_all() -> None:
-    assert not _sees_what_follows(GemmaConfig())
-    assert _sees_what_follows(GemmaConfig(use_bidirectional_attention=True)) and _sees_what_follows(
+    assert not sees_what_follows(GemmaConfig())
+    assert sees_what_follows(GemmaConfig(use_bidirectional_attention=True)) and sees_what_follows(
         GemmaConfig(is_causal=False)
     )
 

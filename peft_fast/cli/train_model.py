@@ -1,14 +1,12 @@
 """The model of `peft-fast train`: what is checked of it before its weights are read, base, quantization, adapter."""
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 
-from . import train_chat
+from . import train_chat, train_fit
 from .errors import CommandError, UsageError
 from .generate_model import ByteCodec, codec_of
 from .train_options import Options
@@ -23,7 +21,6 @@ _AUTO = {
     "seq-cls": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-DEFAULT_LENGTH = 512
 HEADS = ("score", "classifier", "classification_head")  # transformers' names
 
 
@@ -52,6 +49,7 @@ def plan(options: Options, labels: frozenset[str | int], *, chats: bool = False)
     if not (directory / "config.json").is_file():
         raise UsageError(f"{where}: expected the directory of a model, with config.json")
     classes = _classes(options.task, labels)
+    train_fit.check_same_classes(options, classes)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, **_class_names(classes))
         saved = (directory / "generation_config.json").is_file()
@@ -66,7 +64,7 @@ def plan(options: Options, labels: frozenset[str | int], *, chats: bool = False)
     auto = getattr(transformers, _AUTO[options.task])
     if type(config) not in auto._model_mapping or (options.task == "causal-lm" and config.is_encoder_decoder):
         raise UsageError(f"{where}: {config.model_type} has no model for --task {options.task}")
-    if options.task == "causal-lm" and _sees_what_follows(config):
+    if options.task == "causal-lm" and train_fit.sees_what_follows(config):
         raise UsageError(
             f"{where}: {config.model_type} is an encoder, its tokens see those behind them: with --task causal-lm it "
             "would learn to copy; use --task seq-cls, or a decoder"
@@ -86,8 +84,8 @@ def plan(options: Options, labels: frozenset[str | int], *, chats: bool = False)
     text: Text = ByteText(codec, end) if isinstance(codec, ByteCodec) else TokenizerText(codec.tokenizer, end)
     with torch.device("meta"):
         shape = auto.from_config(config)
-    _check_targets(options, shape)
-    return Plan(auto, config, text, pad, _max_length(options, shape), classes)
+    train_fit.check_targets(options, shape, peft_config(options))
+    return Plan(auto, config, text, pad, train_fit.max_length(options, shape), classes)
 
 
 def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool]:
@@ -96,7 +94,7 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
     Returns: (the model, whether the base had a head for other classes).
     Raises: CommandError for weights that cannot be loaded; ValueError where the method does not fit the model.
     """
-    from peft_fast import get_peft_model, prepare_model_for_kbit_training
+    from peft_fast import prepare_model_for_kbit_training
 
     torch.manual_seed(options.seed)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
@@ -121,16 +119,37 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     if options.gradient_checkpointing:
         _checkpoint(base)
-    model: Any = get_peft_model(base, peft_config(options))
+    model = _with_adapter(options, base)
     # what the Trainer asks a quantized model for: that something besides it is trained
     model._hf_peft_config_loaded = True
     return model, bool(others)
 
 
+def _with_adapter(options: Options, base: Any) -> Any:
+    """A new adapter on the base, or --adapter."""
+    from peft_fast import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    config = peft_config(options)
+    if options.adapter is None:
+        return get_peft_model(base, config)
+    try:
+        if not config.is_prompt_learning:
+            return PeftModel.from_pretrained(base, options.adapter, config=config, is_trainable=True, strict=True)
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, load_peft_weights(str(options.adapter)))
+        return model
+    except Exception as error:  # also what safetensors raises
+        raise CommandError(f"--adapter {options.adapter}: {error}") from error
+
+
 def peft_config(options: Options) -> "PeftConfig":
     """Of the method, with the options' values."""
-    from peft_fast import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    from peft_fast import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
+    if options.adapter is not None:
+        saved: PeftConfig = PeftConfig.from_pretrained(options.adapter)
+        saved.task_type, saved.inference_mode = saved.task_type or TASK_TYPES[options.task], False
+        return saved
     task = TASK_TYPES[options.task]
     if options.method == "lora":
         targets = options.target_modules
@@ -237,73 +256,6 @@ def _end_and_pad_of_encoder_decoder(options: Options, config: Any, pad: int) -> 
             "learned tokens have none; use --method lora or prefix"
         )
     return end, pad if pad != end else int(end == 0)
-
-
-def _sees_what_follows(config: Any) -> bool:
-    """Whether tokens see those behind them, so that a loss on the next token says nothing."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    text = config.get_text_config()
-    if getattr(text, "use_bidirectional_attention", None) in (True, "all") or getattr(text, "is_causal", True) is False:
-        return True
-    decoder = getattr(text, "causal" if text.model_type in ("xlm", "flaubert") else "is_decoder", False)
-    return text.model_type == "xlnet" or (text.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decoder)
-
-
-def _positions(shape: Any) -> int | None:
-    """How many tokens the model has positions for; None: as many as wanted.
-
-    As in RoBERTa, numbers of positions begin behind that of padding where there is one.
-    """
-    counts = [
-        module.weight.shape[0] - module.padding_idx - 1
-        for name, module in shape.named_modules()
-        if name.rpartition(".")[2] == "position_embeddings" and getattr(module, "padding_idx", None) is not None
-    ]
-    stated = getattr(shape.config.get_text_config(), "max_position_embeddings", None)
-    return min([*counts, *([stated] if isinstance(stated, int) else [])], default=None)
-
-
-def _max_length(options: Options, shape: Any) -> int:
-    learned = options.num_virtual_tokens or 0
-    positions = _positions(shape)
-    room = positions - learned if positions is not None else None
-    if room is not None and room < 2:
-        raise UsageError(
-            f"--num-virtual-tokens {learned}: the model has {positions} positions, none is left for a text"
-        )
-    if options.max_length is None:
-        return min(DEFAULT_LENGTH, room or DEFAULT_LENGTH)
-    if room is not None and options.max_length > room:
-        taken = f", {learned} of them for the learned tokens" if learned else ""
-        raise UsageError(f"--max-length {options.max_length}: the model has {positions} positions{taken}")
-    return options.max_length
-
-
-def _check_targets(options: Options, shape: Any) -> None:
-    """Every name of --target-modules is that of layers that LoRA can adapt, or the end of one."""
-    if options.method != "lora":
-        return
-    from transformers.pytorch_utils import Conv1D
-
-    from peft_fast import get_peft_model
-
-    kinds = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
-    modules = dict(shape.named_modules())
-    layers = sorted({name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, kinds)})
-    for target in options.target_modules or [] if options.target_modules != ["all-linear"] else []:
-        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
-        if not any(isinstance(module, kinds) for module in found):
-            what = f"is {type(found[0]).__name__}, which LoRA cannot adapt" if found else "the model has no such module"
-            near = get_close_matches(target, layers, n=1)
-            raise UsageError(
-                f"--target-modules {target}: {what}; it has {', '.join(layers[:30])} (all-linear takes all linear ones)"
-                + (f"; did you mean {near[0]}?" if near else "")
-            )
-    try:
-        get_peft_model(shape, peft_config(options))
-    except (ValueError, TypeError, NotImplementedError) as error:  # what the library refuses, before weights are read
-        raise UsageError(f"--target-modules {' '.join(options.target_modules or [])}: {error}") from None
 
 
 def _first_line(error: BaseException) -> str:
