@@ -61,7 +61,7 @@ def test_first_loss_is_that_of_the_base(
 
 
 def test_steps_are_those_of_a_loop_written_by_hand(llama: Path, tmp_path: Path) -> None:
-    """AdamW, gradients of a norm of 1 at most, a rate that goes up to --lr and down to 0."""
+    """AdamW, gradients of a norm of 1 at most, a rate that goes up to --lr and down towards 0."""
     job = Job(llama, tmp_path)
     job.write(texts())
     assert job.run("--max-steps", "5", "--batch-size", "10", "--lr", "0.02", "--seed", "3", *ALL) == 0
@@ -78,7 +78,7 @@ def test_steps_are_those_of_a_loop_written_by_hand(llama: Path, tmp_path: Path) 
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0 if step == 0 else 0.02 * (5 - step) / 4  # one step of warming up
+            group["lr"] = 0.02 * (5 - step) / 5  # warmed up in one step
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
@@ -193,13 +193,9 @@ def test_classifier_with_a_tokenizer(bert: Path, tmp_path: Path, capsys: pytest.
         logits = torch.cat([model(**tokenizer(text, return_tensors="pt")).logits for text in TEXTS])
     loss = torch.nn.functional.cross_entropy(logits, torch.arange(10) % 3)
     assert found["evaluations"][-1]["eval_loss"] == pytest.approx(float(loss), rel=1e-3) and loss < 0.8
-    assert (
-        found["labels"] == [0, 1, 2]
-        and "num_labels=3, ignore_mismatched_sizes=True)" in printed
-        and "accuracy" in printed
-    )
+    assert found["labels"] == [0, 1, 2] and "ignore_mismatched_sizes=True)" in printed and "accuracy" in printed
     namespace: dict[str, Any] = {}
-    exec(printed.splitlines()[-1].removeprefix("load it: ").replace("; Auto", "; model = Auto"), namespace)
+    exec(printed.splitlines()[-1].removeprefix("load it: "), namespace)
     assert type(namespace["model"]).__name__ == "PeftModelForSequenceClassification"
 
 
@@ -234,11 +230,11 @@ def test_what_a_run_leaves(
     more = ("--epochs", "2", "--batch-size", "4", "--eval-split", "0.2", "--r", "4")
     assert job.run(*more) == 0
     printed, bar = capsys.readouterr()
-    assert "2/4" in bar or "4/4" in bar, "a bar of steps"
+    assert "step 4 of 4: loss" in bar, "a line of each step"
     names = {path.name for path in job.out.iterdir()} - {".lock"}
     assert names == {
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-4", "loss.png", "results.json",
-        "run.json",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", "checkpoint-2", "checkpoint-4", "loss.png",
+        "results.json", "run.json",
     }  # fmt: skip
     assert (job.out / "loss.png").read_bytes().startswith(b"\x89PNG") and (job.out / "loss.png").stat().st_size > 9000
     assert peft.PeftConfig.from_pretrained(job.out).base_model_name_or_path == str(llama.resolve())

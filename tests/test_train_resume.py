@@ -171,6 +171,26 @@ def test_from_outside(job: Job, whole: Job) -> None:
     assert match and (job.out / f"checkpoint-{match[1]}").is_dir()
 
 
+@pytest.mark.parametrize("method", ["prefix", "prompt", "p-tuning"])
+def test_learned_tokens_are_gone_on_with(
+    method: str, llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of p-tuning the adapter's file has what comes out of its network only: a checkpoint has the network too."""
+    results = []
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+        job = Job(llama, tmp_path / name)
+        job.write(texts())
+        more = ("--method", method, "--max-steps", "6", "--batch-size", "5", "--lr", "0.02", "--keep-best")
+        if name == "stopped":
+            with monkeypatch.context() as patched:
+                after_rows(24, patched, signal.SIGINT)
+                assert job.run(*more) == 130
+        assert job.run(*more) == 0
+        results.append(job)
+    same(results[1], results[0])
+
+
 # ------------------------------------------------------------------------------------------------ other runs
 def test_a_run_with_other_settings_is_left_alone(
     whole: Job, job: Job, capsys: pytest.CaptureFixture[str], llama: Path

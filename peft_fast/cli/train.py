@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from . import train_data, train_loop, train_model, train_out, train_report
+from . import train_data, train_loop, train_model, train_out, train_packing, train_report
 from .demo_report import write_json
 from .device import pick_device
 from .errors import UsageError
@@ -41,22 +41,28 @@ def run(options: Options) -> int:
         raise UsageError(f"--device {device}: give cuda; the variable CUDA_VISIBLE_DEVICES chooses among several GPUs")
     train_out.check_is_directory(options.out)
     data = _read(options)
+    if options.keep_best and not data.held_out:
+        raise UsageError("--keep-best and --early-stopping compare losses of held-out lines, and none are held out")
     with _quiet():
-        plan = train_model.plan(options, data.lines.labels)
+        chats = "messages" in (*data.lines.keys, *data.held_out_lines.keys)
+        plan = train_model.plan(options, data.lines.labels, chats=chats)
         origin = train_out.origin(options, data.lines, data.held_out_lines)
         finished = train_out.check(options, origin)
         if finished is not None:
             print(f"{options.out}: finished by an earlier run, kept\n{train_report.summary(finished)}")
-            print(train_report.how_to_load(options, finished))
+            print(train_report.how_to_use(options, finished, data.lines.keys))
             return 0
-        model, other_head = train_model.build(options, plan, device)
+        ends = options.task == "seq-cls" and plan.config.is_encoder_decoder
         rows = [
-            Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes)
+            Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes, ends=ends)
             for lines, chosen in ((data.lines, data.train), (data.held_out_lines, data.held_out))
         ]
-        if plan.text.end is None and options.task == "causal-lm":
+        if options.task == "causal-lm" and (plan.text.end is None or chats):
             for part in rows:
                 part.check_each_has_something_to_learn()
+        model, other_head = train_model.build(options, plan, device)
+        if options.packing:
+            train_packing.check(model)
         with train_out.locked(options.out), train_loop.Stop() as stop:
             checkpoint = train_out.begin(options.out, origin)
             trainer = train_loop.make_trainer(
@@ -64,12 +70,12 @@ def run(options: Options) -> int:
                 model,
                 rows[0],
                 rows[1] if data.held_out else None,
-                Collator(plan.pad),
+                train_packing.collator() if options.packing else Collator(plan.pad),
                 stop,
                 begins=checkpoint is None,
                 one_row=train_model.takes_one_row(options, model.get_base_model()),
             )
-            before = _train(trainer, checkpoint)
+            before = _train(options, trainer, checkpoint)
             if stop.signal and trainer.state.global_step < trainer.args.max_steps:
                 return _stopped(options, trainer, stop)
             _finish(options, plan, trainer, data, before, start, other_head)
@@ -97,12 +103,17 @@ def _finish(
         "device": str(trainer.args.device),
         "head_replaced": other_head,
     }
+    if options.keep_best:
+        numbers["best_step"] = trainer.state.best_global_step
     found = train_report.results(trainer.state.log_history, options, plan.classes, numbers)
+    train_loop.check_finite(model, trainer.state.global_step)
+    if plan.classes:  # a base knows neither the labels' names nor, often, a token that fills rows up
+        plan.config.to_json_file(options.out / train_report.BASE_CONFIG)
     model.save_pretrained(options.out)
     picture = train_report.draw(found, options.out / "loss.png")
     write_json(options.out / train_out.RESULTS, found)
     print(f"{train_report.summary(found)}\n{picture}\nadapter: {options.out}")
-    print(train_report.how_to_load(options, found))
+    print(train_report.how_to_use(options, found, data.lines.keys))
 
 
 def _read(options: Options) -> Data:
@@ -116,19 +127,21 @@ def _read(options: Options) -> Data:
     return Data(lines, held_out, range(len(lines.offsets)), range(len(held_out.offsets)))
 
 
-def _train(trainer: Any, checkpoint: Path | None) -> int:
+def _train(options: Options, trainer: Any, checkpoint: Path | None) -> int:
     """All steps that are left. Returns how many were done before."""
     if checkpoint is None:
         trainer.train()
         return 0
     state = type(trainer.state).load_from_json(str(checkpoint / train_out.STATE))
     before: int = state.global_step
-    if before < trainer.args.max_steps:
+    if before < trainer.args.max_steps and not train_loop.stopped_early(options, state):
         print(f"going on after step {before} of {trainer.args.max_steps}, {checkpoint}", flush=True)
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # all but the end was done; the Trainer would make one step more
         train_loop.load_adapter(trainer.model, checkpoint)
         trainer.state = state
+        if trainer.args.load_best_model_at_end:
+            train_loop.load_best(trainer)
     return before
 
 

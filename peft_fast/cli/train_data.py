@@ -17,11 +17,13 @@ from .generate_settings import short
 Json = dict[str, Any]
 # task -> kinds of lines that it can use: the keys of a line
 KINDS = {
-    "causal-lm": (("text",), ("prompt", "completion")),
+    "causal-lm": (("text",), ("prompt", "completion"), ("messages",)),
     "seq-cls": (("text", "label"),),
     "seq2seq": (("prompt", "completion"),),
 }
-_KEYS = ("text", "label", "prompt", "completion")
+_KEYS = ("text", "label", "prompt", "completion", "messages")
+_READERS = {"CSV": "read_csv({!r})", "TSV": "read_csv({!r}, sep='\\t')", "Parquet": "read_parquet({!r})"}
+_READERS |= {"JSON array": "read_json({!r})"}
 
 
 class Lines(NamedTuple):
@@ -51,6 +53,7 @@ def check(path: Path, task: str, option: str) -> Lines:
     """
     if not path.is_file():
         raise UsageError(f"{option} {path}: {'this is a directory' if path.is_dir() else 'there is no such file'}")
+    _check_is_lines(path, option)
     offsets, numbers, digest = array("Q"), array("Q"), hashlib.sha256()
     keys: tuple[str, ...] = ()
     labels: set[str | int] = set()
@@ -79,6 +82,29 @@ def check(path: Path, task: str, option: str) -> Lines:
     if not offsets:
         raise UsageError(f"{option} {path}: the file has no lines; expected {_expected(task)} on each")
     return Lines(path, offsets, numbers, keys, frozenset(labels), digest.hexdigest()[:32])
+
+
+def _check_is_lines(path: Path, option: str) -> None:
+    """Raises: UsageError for a table in another format, with how to convert it."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    kind = {".csv": "CSV", ".tsv": "TSV", ".parquet": "Parquet"}.get(path.suffix.lower())
+    if begin.startswith(b"PAR1"):
+        kind = "Parquet"
+    elif begin.lstrip().startswith(b"["):
+        kind = "JSON array"
+    elif begin.lstrip().startswith(b"{"):
+        kind = None  # whatever it is called
+    elif begin.startswith(b"\x1f\x8b"):
+        raise UsageError(f"{option} {path}: compressed; expected text: gunzip it first")
+    if kind is None:
+        return
+    convert = _READERS[kind].format(str(path))
+    raise UsageError(
+        f"{option} {path}: a file in {kind} format; expected one JSON object on each line. This converts it (pip "
+        f'install pandas pyarrow), columns become keys: python -c "import pandas; pandas.{convert}'
+        f".to_json({str(path.with_suffix('.jsonl'))!r}, orient='records', lines=True, force_ascii=False)\""
+    )
 
 
 def _parse(line: bytes, where: str) -> Json:
@@ -116,6 +142,10 @@ def _check_values(record: Json, keys: tuple[str, ...], where: str) -> None:
         if key == "label":
             if type(value) is not int and not (isinstance(value, str) and value):
                 raise UsageError(f'{where}: "label" must be a text or a whole number, got {short(value)}')
+        elif key == "messages":
+            _check_messages(value, where)
+            if not isinstance(record.get("tools") or [], list):
+                raise UsageError(f'{where}: "tools" must be a list, got {short(record["tools"])}')
         elif not isinstance(value, str):
             raise UsageError(f'{where}: "{key}" must be a text, got {short(value)}')
         elif not value.strip():
@@ -125,6 +155,20 @@ def _check_values(record: Json, keys: tuple[str, ...], where: str) -> None:
                 value.encode()
             except UnicodeEncodeError:
                 raise UsageError(f'{where}: "{key}" has half of a surrogate pair, which is no character') from None
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    expected = 'expected a list of {"role": ..., "content": ...}, the last one of the role "assistant"'
+    if not isinstance(messages, list) or not messages:
+        raise UsageError(f'{where}: "messages" is {short(messages)}; {expected}')
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UsageError(f"{where}: message {number} is {short(message)}; {expected}")
+        content, calls = message.get("content"), message.get("tool_calls")
+        if not isinstance(content, str) and not (content is None and calls):
+            raise UsageError(f'{where}: "content" of message {number} must be a text, got {short(content)}')
+    if messages[-1]["role"] != "assistant":
+        raise UsageError(f"{where}: the last message is of the role {short(messages[-1]['role'])}; {expected}")
 
 
 def _check_same_type(labels: set[str | int], label: str | int, where: str) -> None:

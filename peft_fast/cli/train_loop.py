@@ -8,21 +8,23 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from peft_fast.quant import kind_of
 
 from .errors import CommandError
-from .train_options import Options
-from .train_rows import IGNORED, Collator, Rows
+from .train_options import SCHEDULES, Options
+from .train_rows import IGNORED, Rows
 
-WARMUP = 0.03  # of the steps
+LONGEST = 100  # steps between checkpoints, if nothing else is said
+TRAINED = "trained.safetensors"  # of p-tuning: its network; the adapter is only what comes out of it
 POINTS = 500  # of the loss curve, at most
 
 
@@ -55,7 +57,7 @@ def make_trainer(
     model: Any,
     train: Rows,
     held_out: Rows | None,
-    collator: Collator,
+    collator: Any,
     stop: Stop,
     *,
     begins: bool,
@@ -69,7 +71,9 @@ def make_trainer(
     """
     from transformers import TrainingArguments
 
-    steps = options.max_steps or math.ceil(options.epochs * steps_of_an_epoch(options, len(train)))
+    epoch = steps_of_an_epoch(options, len(train))
+    steps = options.max_steps or math.ceil(options.epochs * epoch)
+    every = options.save_steps or min(LONGEST, max(epoch, math.ceil(steps / 20)))
     arguments = TrainingArguments(
         output_dir=str(options.out),
         max_steps=steps,
@@ -77,16 +81,20 @@ def make_trainer(
         per_device_eval_batch_size=1 if one_row else options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation * (options.batch_size if one_row else 1),
         learning_rate=options.lr,
-        lr_scheduler_type="linear",
-        warmup_steps=math.ceil(WARMUP * steps),
-        weight_decay=0.0,
+        lr_scheduler_type=SCHEDULES[options.schedule],
+        warmup_steps=math.ceil(options.warmup * steps),
+        weight_decay=options.weight_decay,
         logging_steps=math.ceil(steps / POINTS),
         logging_first_step=True,
         logging_nan_inf_filter=False,
-        save_steps=options.save_steps,
+        save_steps=every,
         save_total_limit=2,
         eval_strategy="steps" if held_out else "no",
-        eval_steps=options.save_steps,
+        eval_steps=every,
+        load_best_model_at_end=options.keep_best,
+        metric_for_best_model="eval_loss" if options.keep_best else None,
+        greater_is_better=False,
+        restore_callback_states_from_checkpoint=options.early_stopping is not None,
         eval_on_start=begins and held_out is not None,
         bf16=options.bf16,
         use_cpu=next(model.parameters()).device.type == "cpu",
@@ -94,7 +102,7 @@ def make_trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         report_to="none",
-        disable_tqdm=False,
+        disable_tqdm=not sys.stderr.isatty(),
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # one process, one GPU: PeftModels are no replicas of DataParallel
     trainer = _trainer_class()(
@@ -103,7 +111,7 @@ def make_trainer(
     trainer.stop = stop
     trainer.classifies = options.task == "seq-cls"
     trainer.model_accepts_loss_kwargs = True  # the Trainer counts what is learned in a step, compute_loss divides by it
-    _add_callbacks(trainer, stop)
+    _add_callbacks(trainer, stop, options)
     return trainer
 
 
@@ -116,7 +124,23 @@ def load_adapter(model: Any, checkpoint: Path) -> None:
     """The numbers of the checkpoint's adapter into the model's."""
     from peft_fast import load_peft_weights, set_peft_model_state_dict
 
+    if (checkpoint / TRAINED).is_file():
+        model.load_state_dict(load_file(checkpoint / TRAINED), strict=False)
+        return
     set_peft_model_state_dict(model, load_peft_weights(str(checkpoint)))
+
+
+def load_best(trainer: Any) -> None:
+    """--keep-best: the checkpoint with the least loss held out, wherever --out is by now."""
+    load_adapter(trainer.model, Path(trainer.args.output_dir) / f"checkpoint-{trainer.state.best_global_step}")
+
+
+def stopped_early(options: Options, state: Any) -> bool:
+    """Whether --early-stopping ended the run that this state is of."""
+    saved = state.stateful_callbacks.get("EarlyStoppingCallback")
+    if options.early_stopping is None or not saved:
+        return False
+    return bool(saved["attributes"]["early_stopping_patience_counter"] >= options.early_stopping)
 
 
 def _trainer_class() -> Any:
@@ -129,7 +153,20 @@ def _trainer_class() -> Any:
         control: Any
 
         def _save(self, output_dir: str, state_dict: Any = None) -> None:
+            check_finite(self.model, self.state.global_step)
             self.model.save_pretrained(output_dir)
+            if self.model.peft_config["default"].peft_type == "P_TUNING":
+                trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+                save_file(trained, Path(output_dir) / TRAINED)
+
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            """transformers' schedule from its second rate on: the first one is 0, and a step with it learns nothing."""
+            schedule = super().create_scheduler(num_training_steps + 1, optimizer)
+            schedule.lr_lambdas = [_one_later(rate) for rate in schedule.lr_lambdas]
+            for group, rate in zip(schedule.optimizer.param_groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * rate(0)
+            schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]  # what is logged
+            return schedule
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             load_adapter(self.model, Path(resume_from_checkpoint))
@@ -141,13 +178,20 @@ def _trainer_class() -> Any:
             outputs = model(**inputs)
             return outputs.loss * (_learned(inputs) / num_items_in_batch)
 
+        def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+            """An evaluation that was stopped has no metrics."""
+            return bool(metrics) and bool(super()._determine_best_metric(metrics, trial))
+
+        def _load_best_model(self) -> None:
+            load_best(self)
+
         @torch.no_grad()
         def evaluate(self, *arguments: Any, **more: Any) -> dict[str, float]:
             """Over all rows: mean loss of what is learned, and perplexity or accuracy."""
             loader = self.get_eval_dataloader()
             self.callback_handler.eval_dataloader = loader
             self.model.eval()
-            _keep_as_trained(self.model)
+            keep_as_trained(self.model)
             total, count, right = 0.0, 0, 0
             for batch in loader:
                 inputs = self._prepare_inputs(batch)
@@ -179,7 +223,7 @@ def _trainer_class() -> Any:
     return AdapterTrainer
 
 
-def _keep_as_trained(model: Any) -> None:
+def keep_as_trained(model: Any) -> None:
     """Leave 4-bit layers on a CPU in training mode.
 
     In the first forward in eval mode bitsandbytes packs their weights anew, for good, and then they let no gradient
@@ -190,12 +234,24 @@ def _keep_as_trained(model: Any) -> None:
             module.train()
 
 
+def check_finite(model: Any, step: int) -> None:
+    """Raises: CommandError if a number that is trained has become NaN or infinite."""
+    if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
+        raise CommandError(
+            f"after step {step} the adapter has numbers that are no numbers (NaN or infinite); a smaller --lr may help"
+        )
+
+
+def _one_later(rate: Callable[[int], float]) -> Callable[[int], float]:
+    return lambda step: rate(step + 1)
+
+
 def _learned(inputs: Mapping[str, Any]) -> Any:
     return (inputs["labels"] != IGNORED).sum()
 
 
-def _add_callbacks(trainer: Any, stop: Stop) -> None:
-    from transformers import ProgressCallback, TrainerCallback
+def _add_callbacks(trainer: Any, stop: Stop, options: Options) -> None:
+    from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback
 
     class Progress(ProgressCallback):  # type: ignore[misc]
         """Losses beside the bar instead of a line for each."""
@@ -215,6 +271,15 @@ def _add_callbacks(trainer: Any, stop: Stop) -> None:
             if self.training_bar is not None:
                 self.training_bar.set_postfix(self.shown, refresh=False)
 
+    class Lines(TrainerCallback):  # type: ignore[misc]
+        """In place of a bar, where nobody watches: a line for each entry of the log."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            names = {"loss": "loss", "learning_rate": "rate", "eval_loss": "held out", "eval_accuracy": "accuracy"}
+            values = ", ".join(f"{label} {logs[key]:.4g}" for key, label in names.items() if key in logs)
+            if values:
+                tqdm.write(f"step {state.global_step} of {state.max_steps}: {values}", file=sys.stderr)
+
     class Watch(TrainerCallback):  # type: ignore[misc]
         """Ctrl-C, and losses that are no numbers."""
 
@@ -224,13 +289,21 @@ def _add_callbacks(trainer: Any, stop: Stop) -> None:
                 control.should_evaluate = control.should_evaluate and state.global_step >= state.max_steps
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
-            loss = logs.get("loss", 0.0)
+            name = "eval_loss" if "eval_loss" in logs else "loss"
+            loss = logs.get(name, 0.0)
             if not math.isfinite(loss):
+                of = "held-out rows after step" if name == "eval_loss" else "step"
                 raise CommandError(
-                    f"the loss of step {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
+                    f"the loss of {of} {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
                     "are kept"
                 )
 
-    trainer.pop_callback(ProgressCallback)
-    trainer.add_callback(Progress)
+    if trainer.args.disable_tqdm:
+        trainer.pop_callback(PrinterCallback)
+        trainer.add_callback(Lines)
+    else:
+        trainer.pop_callback(ProgressCallback)
+        trainer.add_callback(Progress)
+    if options.early_stopping is not None:
+        trainer.add_callback(EarlyStoppingCallback(options.early_stopping))
     trainer.add_callback(Watch)

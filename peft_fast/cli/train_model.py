@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from . import train_chat, train_fit
 from .errors import CommandError, UsageError
 from .generate_model import ByteCodec, codec_of
 from .train_options import Options
@@ -20,7 +21,6 @@ _AUTO = {
     "seq-cls": "AutoModelForSequenceClassification",
     "seq2seq": "AutoModelForSeq2SeqLM",
 }
-DEFAULT_LENGTH = 512
 HEADS = ("score", "classifier", "classification_head")  # transformers' names
 
 
@@ -35,7 +35,7 @@ class Plan(NamedTuple):
     classes: Sequence[str | int]
 
 
-def plan(options: Options, labels: frozenset[str | int]) -> Plan:
+def plan(options: Options, labels: frozenset[str | int], *, chats: bool = False) -> Plan:
     """Read the model's configuration and tokenizer, and check that the options fit them.
 
     Raises: UsageError for a directory that is no model of transformers, a model that cannot do the task, target modules
@@ -49,6 +49,7 @@ def plan(options: Options, labels: frozenset[str | int]) -> Plan:
     if not (directory / "config.json").is_file():
         raise UsageError(f"{where}: expected the directory of a model, with config.json")
     classes = _classes(options.task, labels)
+    train_fit.check_same_classes(options, classes)
     try:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, **_class_names(classes))
         saved = (directory / "generation_config.json").is_file()
@@ -63,18 +64,28 @@ def plan(options: Options, labels: frozenset[str | int]) -> Plan:
     auto = getattr(transformers, _AUTO[options.task])
     if type(config) not in auto._model_mapping or (options.task == "causal-lm" and config.is_encoder_decoder):
         raise UsageError(f"{where}: {config.model_type} has no model for --task {options.task}")
+    if options.task == "causal-lm" and train_fit.sees_what_follows(config):
+        raise UsageError(
+            f"{where}: {config.model_type} is an encoder, its tokens see those behind them: with --task causal-lm it "
+            "would learn to copy; use --task seq-cls, or a decoder"
+        )
     if codec is None:
         raise UsageError(
             f"{where}: there is no tokenizer in it, and bytes are tokens only where the vocabulary is 256; put the "
             "tokenizer's files beside config.json"
         )
+    if chats and (missing := train_chat.what_is_missing(getattr(codec, "tokenizer", None))):
+        raise UsageError(f'{where}: for "messages" {missing}')
     end, pad = _end_and_pad(codec, generation, config)
+    if options.task == "seq-cls" and config.is_encoder_decoder:
+        end, pad = _end_and_pad_of_encoder_decoder(options, config, pad)
     if config.get_text_config().pad_token_id is None:
         config.get_text_config().pad_token_id = pad  # a classifier looks for the last token that is not this one
     text: Text = ByteText(codec, end) if isinstance(codec, ByteCodec) else TokenizerText(codec.tokenizer, end)
-    found = Plan(auto, config, text, pad, _max_length(options, config), classes)
-    _check_targets(options, found)
-    return found
+    with torch.device("meta"):
+        shape = auto.from_config(config)
+    train_fit.check_targets(options, shape, peft_config(options))
+    return Plan(auto, config, text, pad, train_fit.max_length(options, shape), classes)
 
 
 def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool]:
@@ -83,7 +94,7 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
     Returns: (the model, whether the base had a head for other classes).
     Raises: CommandError for weights that cannot be loaded; ValueError where the method does not fit the model.
     """
-    from peft_fast import get_peft_model, prepare_model_for_kbit_training
+    from peft_fast import prepare_model_for_kbit_training
 
     torch.manual_seed(options.seed)
     dtype = torch.bfloat16 if options.bf16 else torch.float32
@@ -108,16 +119,37 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
         base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
     if options.gradient_checkpointing:
         _checkpoint(base)
-    model: Any = get_peft_model(base, peft_config(options))
+    model = _with_adapter(options, base)
     # what the Trainer asks a quantized model for: that something besides it is trained
     model._hf_peft_config_loaded = True
     return model, bool(others)
 
 
+def _with_adapter(options: Options, base: Any) -> Any:
+    """A new adapter on the base, or --adapter."""
+    from peft_fast import PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    config = peft_config(options)
+    if options.adapter is None:
+        return get_peft_model(base, config)
+    try:
+        if not config.is_prompt_learning:
+            return PeftModel.from_pretrained(base, options.adapter, config=config, is_trainable=True, strict=True)
+        model = get_peft_model(base, config)
+        set_peft_model_state_dict(model, load_peft_weights(str(options.adapter)))
+        return model
+    except Exception as error:  # also what safetensors raises
+        raise CommandError(f"--adapter {options.adapter}: {error}") from error
+
+
 def peft_config(options: Options) -> "PeftConfig":
     """Of the method, with the options' values."""
-    from peft_fast import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+    from peft_fast import LoraConfig, PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
+    if options.adapter is not None:
+        saved: PeftConfig = PeftConfig.from_pretrained(options.adapter)
+        saved.task_type, saved.inference_mode = saved.task_type or TASK_TYPES[options.task], False
+        return saved
     task = TASK_TYPES[options.task]
     if options.method == "lora":
         targets = options.target_modules
@@ -210,36 +242,20 @@ def _end_and_pad(codec: Any, generation: Any, config: Any) -> tuple[int | None, 
     return end, next(pad for pad in pads if pad is not None)
 
 
-def _max_length(options: Options, config: Any) -> int:
-    learned = options.num_virtual_tokens or 0
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = positions - learned if isinstance(positions, int) else None
-    if room is not None and room < 2:
+def _end_and_pad_of_encoder_decoder(options: Options, config: Any, pad: int) -> tuple[int, int]:
+    """For its classifier, which looks at the end token: every row has one, and what fills rows up is another token."""
+    where, end = f"--model {options.model}", config.eos_token_id
+    if not isinstance(end, int):
         raise UsageError(
-            f"--num-virtual-tokens {learned}: the model has {positions} positions, none is left for a text"
+            f"{where}: its config.json names no end token (eos_token_id), at which the classifier of "
+            f"{config.model_type} looks"
         )
-    if options.max_length is None:
-        return min(DEFAULT_LENGTH, room or DEFAULT_LENGTH)
-    if room is not None and options.max_length > room:
-        taken = f", {learned} of them for the learned tokens" if learned else ""
-        raise UsageError(f"--max-length {options.max_length}: the model has {positions} positions{taken}")
-    return options.max_length
-
-
-def _check_targets(options: Options, plan: Plan) -> None:
-    """Every name of --target-modules is a layer's, or the end of one."""
-    if options.target_modules in (None, ["all-linear"]):
-        return
-    with torch.device("meta"):
-        model = plan.auto.from_config(plan.config)
-    modules = dict(model.named_modules())
-    for target in options.target_modules or []:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            linear = {name.rpartition(".")[2] for name, module in modules.items() if hasattr(module, "weight")}
-            raise UsageError(
-                f"--target-modules {target}: the model has no such module; it has {', '.join(sorted(linear))} "
-                "(all-linear takes all linear ones)"
-            )
+    if options.method in ("prompt", "p-tuning"):
+        raise UsageError(
+            f"--method {options.method}: the classifier of {config.model_type} finds its end token by its number, and "
+            "learned tokens have none; use --method lora or prefix"
+        )
+    return end, pad if pad != end else int(end == 0)
 
 
 def _first_line(error: BaseException) -> str:

@@ -27,7 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-FORMAT = 1  # of the run: a run does not go on with another version's
+FORMAT = 2  # of the run: a run does not go on with another version's
 STATE = "trainer_state.json"
 _LOCK, _RUN, RESULTS = ".lock", "run.json", "results.json"
 Json = dict[str, Any]
@@ -40,6 +40,7 @@ def origin(options: Options, lines: Lines, held_out: Lines) -> Json:
         "--model": digest_of_directory(options.model),
         "--data": lines.digest,
         "--eval-data": held_out.digest if options.eval_data else None,
+        "--adapter": digest_of_directory(options.adapter) if options.adapter else None,
         **options.of_the_result(),
     }
 
@@ -71,8 +72,9 @@ def check(options: Options, origin: Json) -> Json | None:
     except (ValueError, TypeError) as error:
         raise UsageError(f"--out {out}: cannot be gone on with, {_RUN} or {RESULTS} is broken: {error}") from None
     if different and (finished is not None or _checkpoints(out)[0]):  # else there is nothing to lose
+        further = f"; to train what is there further, add --adapter {out}" if finished is not None else ""
         said = "; ".join(_difference(key, left.get(key), origin.get(key)) for key in different)
-        raise UsageError(f"--out {out}: holds a run with other settings: {said}. Name another directory")
+        raise UsageError(f"--out {out}: holds a run with other settings: {said}. Name another directory{further}")
     return finished
 
 
@@ -97,9 +99,9 @@ def _checkpoints(out: Path) -> tuple[dict[int, Path], list[Path]]:
 
 
 def _difference(key: str, then: Any, now: Any) -> str:
-    if key in ("--model", "--data", "--eval-data") and then and now:
+    if key in ("--model", "--data", "--eval-data", "--adapter") and then and now:
         return f"{key} has other content now"
-    if key == "--eval-data":
+    if key in ("--eval-data", "--adapter"):
         return f"{key} was {'given' if then else 'not given'} then"
     return f"{key} was {json.dumps(then)}, is {json.dumps(now)}"
 

@@ -1,17 +1,20 @@
 """What `peft-fast train` leaves besides the adapter: numbers, the loss curve as a picture, and how to load it."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from .train_options import Options
 
 AUTO = {
     "causal-lm": "AutoPeftModelForCausalLM",
-    "seq-cls": "AutoPeftModelForSequenceClassification",
     "seq2seq": "AutoPeftModelForSeq2SeqLM",
 }
+BASE_CONFIG = "base_config.json"  # of a classifier: labels, and the token that fills rows up
+NOT_IN_NAMES = re.compile(r"[^A-Za-z0-9_.-]+")
 Log = Sequence[Mapping[str, float]]
 
 
@@ -46,6 +49,8 @@ def summary(found: Mapping[str, Any]) -> str:
             if key in last:
                 name = key.removeprefix("eval_")
                 lines.append(f"held out, {rows} rows: {name} {first[key]:.4f} -> {last[key]:.4f}")
+    if "best_step" in found:
+        lines.append(f"kept: the adapter of step {found['best_step']}, with the least loss held out")
     if found["rows_cut"]:
         lines.append(
             f"{found['rows_cut']} of {found['rows_read']} rows that were read were cut to {found['max_length']} tokens "
@@ -54,13 +59,29 @@ def summary(found: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def how_to_load(options: Options, found: Mapping[str, Any]) -> str:
-    """One line of Python."""
-    more = f", num_labels={len(found['labels'])}" if "labels" in found else ""
-    more += ", ignore_mismatched_sizes=True" if found["head_replaced"] else ""
+def how_to_use(options: Options, found: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """A line for Python, and before it one for the shell where `peft-fast generate` takes what was trained."""
+    load = _how_to_load(options, found)
+    if options.task == "seq-cls" or options.method in ("prompt", "p-tuning") or "messages" in keys:
+        return load
+    name = NOT_IN_NAMES.sub("_", options.out.resolve().name).strip("_.") or "adapter"
     return (
-        f"load it: from peft_fast import {AUTO[options.task]}; "
-        f'{AUTO[options.task]}.from_pretrained("{options.out}"{more})'
+        f"use it: peft-fast generate --model {quote(str(options.model))} --adapters {quote(f'{name}={options.out}')} "
+        f'--in requests.jsonl --out results.jsonl, a request being {{"prompt": ..., "adapter": "{name}"}}\n{load}'
+    )
+
+
+def _how_to_load(options: Options, found: Mapping[str, Any]) -> str:
+    """One line of Python."""
+    if "labels" not in found:
+        name = AUTO[options.task]
+        return f'load it: from peft_fast import {name}; model = {name}.from_pretrained("{options.out}")'
+    config = f'config=AutoConfig.from_pretrained("{options.out / BASE_CONFIG}")'
+    config += ", ignore_mismatched_sizes=True" if found["head_replaced"] else ""
+    return (
+        "load it: from transformers import AutoConfig, AutoModelForSequenceClassification; from peft_fast import "
+        f'PeftModel; base = AutoModelForSequenceClassification.from_pretrained("{options.model}", {config}); '
+        f'model = PeftModel.from_pretrained(base, "{options.out}")'
     )
 
 

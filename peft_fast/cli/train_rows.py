@@ -6,10 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from .errors import CommandError
+from . import train_chat
+from .errors import CommandError, UsageError
 from .generate_model import ByteCodec
-from .train_data import Lines
+from .train_data import Json, Lines
 
 IGNORED = -100  # the label of what no loss is on
 Row = dict[str, Any]  # "input_ids": list, "labels": list, or a class
@@ -28,6 +30,9 @@ class Text(Protocol):
 
     def target(self, text: str, limit: int | None = None) -> list[int]:
         """As an answer of a model with encoder and decoder."""
+
+    def chat(self, messages: Sequence[Json], tools: Sequence[Any] | None) -> tuple[list[int], list[bool]]:
+        """By the tokenizer's template, and which of the tokens are the answers'."""
 
 
 class TokenizerText:
@@ -51,6 +56,10 @@ class TokenizerText:
         tokens: list[int] = self.tokenizer(text_target=text, truncation=limit is not None, max_length=limit).input_ids
         return tokens
 
+    def chat(self, messages: Sequence[Json], tools: Sequence[Any] | None) -> tuple[list[int], list[bool]]:
+        """By the tokenizer's template."""
+        return train_chat.tokens_and_learned(self.tokenizer, messages, tools or None)
+
 
 class ByteText:
     """Bytes are tokens."""
@@ -70,13 +79,27 @@ class ByteText:
         """The bytes and the end."""
         return _ended(self.plain(text), self.end)[:limit]
 
+    def chat(self, messages: Sequence[Json], tools: Sequence[Any] | None) -> tuple[list[int], list[bool]]:
+        """There is no template."""
+        raise ValueError("bytes have none")
+
 
 class Rows(Dataset[Row]):
     """The rows of some of the lines, made when they are asked for."""
 
     def __init__(
-        self, lines: Lines, chosen: Sequence[int], task: str, text: Text, max_length: int, classes: Sequence[str | int]
+        self,
+        lines: Lines,
+        chosen: Sequence[int],
+        task: str,
+        text: Text,
+        max_length: int,
+        classes: Sequence[str | int],
+        *,
+        ends: bool = False,
     ) -> None:
+        """ends: a text to classify has the end token once, at its end, as classifiers with a decoder ask for."""
+        self.ends = ends
         self.lines, self.chosen, self.task, self.text, self.max_length = lines, chosen, task, text, max_length
         self.class_of = {label: index for index, label in enumerate(classes)}
         self.asked = self.cut = 0  # rows so far, and those of them that were longer than max_length
@@ -95,16 +118,23 @@ class Rows(Dataset[Row]):
                 labels = self.text.target(line["completion"], self.max_length)
                 self.cut += 1
             return {"input_ids": self._whole(line["prompt"]), "labels": labels}
+        if "messages" in line:
+            return self._chat(index, line)
         return self._text(line["text"]) if "text" in line else self._pair(line["prompt"], line["completion"])
 
     def check_each_has_something_to_learn(self) -> None:
-        """For a model without end token, where a text can be a single token, and nothing before it.
+        """For chats, and for a model without end token, where a text can be a single token, and nothing before it.
 
-        Raises: CommandError, naming the line.
+        Raises: UsageError for a chat and CommandError for a text, naming the line.
         """
-        for index, line in enumerate(self.chosen):
+        for index, line in enumerate(tqdm(self.chosen, desc="checking rows", unit="row", delay=2, leave=False)):
             labels = self[index]["labels"]
             if isinstance(labels, list) and all(label == IGNORED for label in labels):
+                if "messages" in self.lines.keys:
+                    raise UsageError(
+                        f"{self.lines.path}, line {self.lines.numbers[line]}: the tokenizer's chat template marks no "
+                        f"answer in its last {self.max_length} tokens (--max-length)"
+                    )
                 raise CommandError(
                     f"{self.lines.path}, line {self.lines.numbers[line]}: a single token, which nothing predicts (the "
                     "model has no end token); leave the line out"
@@ -113,6 +143,10 @@ class Rows(Dataset[Row]):
 
     def _whole(self, text: str) -> list[int]:
         tokens = self.text.whole(text)
+        if self.ends and self.text.end is not None:
+            tokens = [token for token in tokens if token != self.text.end]
+            self.cut += len(tokens) >= self.max_length
+            return [*tokens[: self.max_length - 1], self.text.end]
         if len(tokens) <= self.max_length:
             return tokens
         self.cut += 1
@@ -123,6 +157,21 @@ class Rows(Dataset[Row]):
         self.cut += len(tokens) > self.max_length
         tokens = tokens[: self.max_length]
         return {"input_ids": tokens, "labels": [IGNORED, *tokens[1:]]}  # nothing predicts the first token
+
+    def _chat(self, index: int, line: Json) -> Row:
+        """What is too long loses its begin, but for the first token: the last answer stays."""
+        where = f"{self.lines.path}, line {self.lines.numbers[self.chosen[index]]}"
+        try:
+            tokens, learned = self.text.chat(line["messages"], line.get("tools"))
+        except Exception as error:  # templates are programs, and raise what they want
+            said = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise UsageError(f"{where}: the tokenizer's chat template cannot be used: {said[:300]}") from None
+        if len(tokens) > self.max_length:
+            self.cut += 1
+            rest = self.max_length - 1
+            tokens, learned = [*tokens[:1], *tokens[-rest:]], [*learned[:1], *learned[-rest:]]
+        labels = [token if is_learned else IGNORED for token, is_learned in zip(tokens, learned, strict=True)]
+        return {"input_ids": tokens, "labels": [IGNORED, *labels[1:]]}
 
     def _pair(self, prompt: str, completion: str) -> Row:
         """What is too long loses the middle: of the prompt, its first token and its end stay."""
