@@ -47,7 +47,7 @@ from .tile import (
 
 DQ_CANDIDATES = candidates("prefix_dq", [
     Candidate(dict(BLOCK_M=128, BLOCK_N=64), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=64), 4, 1, ("sm_100",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=32), 4, 1, ("sm_100",), max_rank=128, default_to=ALWAYS),  # 64 x 64 spills
     Candidate(dict(BLOCK_M=64, BLOCK_N=32), 8, 1, SMALL, max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32), 8, 1, CUDA, max_rank=256, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=16), 8, 1, ("gfx942",), max_rank=256, default_to=ALWAYS),
