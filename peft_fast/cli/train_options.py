@@ -283,7 +283,8 @@ EPILOG = """a line of the data, all lines of one kind (other keys are ignored):
 Ctrl-C ends the step, saves a checkpoint and stops (exit code 130); a second one stops at once. Stopped or killed, the
 same command goes on from the last checkpoint, with the losses that it would have had (same machine and versions).
 With other settings it refuses to touch --out. The model is evaluated before the first step, with every checkpoint and
-at the end. To train an adapter further (other data, more epochs): --adapter, with another --out. Exit codes: 0 done, 1 failed, 2 an option or a line of the data cannot be used, 130 stopped with Ctrl-C.
+at the end. To train an adapter further (other data, more epochs): --adapter, with another --out.
+Exit codes: 0 done, 1 failed, 2 an option or a line of the data cannot be used, 130 stopped with Ctrl-C.
 
 examples:
   peft-fast train --model DIR --data train.jsonl --out my_adapter --quantize nf4 --bf16     # QLoRA
