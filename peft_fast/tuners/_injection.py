@@ -1,12 +1,17 @@
 """One adapter's injection: which modules it takes, what it warns of, how everything is put back when it fails."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..utils.constants import DUMMY_TARGET_MODULES, MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from ..utils.constants import (
+    DUMMY_TARGET_MODULES,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+)  # fmt: skip
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import AuxiliaryTrainingWrapper, Site, _set_layer_requires_grad, walk
 from ._base_layer import BaseTunerLayer
@@ -19,6 +24,7 @@ from ._matching import (
     resolve_all_linear,
     unused_patterns,
 )
+from ._special_targets import refuse_experts
 
 _MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _NOT_IN_MAMBA = {"out_proj", "conv1d"}
@@ -94,13 +100,17 @@ def find_targets(
         raise ValueError("target_parameters is not supported by peft_fast yet; leave it at None")
     # a parametrization's own modules are how a weight is made, not layers
     sites = [site for site in list(walk(model, "nothing"))[1:] if ".parametrizations." not in f".{site.name}"]
+    everything = str(getattr(config, "target_modules", None)).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     resolve_all_linear(config, model, sites)
     _shorten_targets(config, [site.name for site in sites])
     matcher = TargetMatcher(config, budget)
+    if state_dict is None:
+        refuse_experts(sites, _all_but_excluded(config, budget) if everything else matcher)
     results = {site.name: matcher(site.name.removeprefix("_orig_mod.")) for site in sites}
     targets = [site for site in sites if results[site.name]]
     if state_dict is not None:
         wanted = {key.rsplit("." + prefix, 1)[0].removeprefix("_orig_mod.") for key in state_dict}
+        refuse_experts(sites, lambda name: False, wanted)
         by_config, targets = targets, [site for site in sites if site.name.removeprefix("_orig_mod.") in wanted]
         _warn_different(by_config, targets)
     any_excluded = any(isinstance(result, _ExcludedModule) for result in results.values())
@@ -109,6 +119,12 @@ def find_targets(
         raise NoMatchingPeftModuleError(_no_match_message(config, any_excluded and state_dict is None, any_unmatched))
     _warn_unused(config, [site.name for site in targets], any_excluded, budget)
     return targets
+
+
+def _all_but_excluded(config: Any, budget: PatternBudget) -> Callable[[str], bool]:
+    """What "all-linear" means of layers that are not there: all that exclude_modules does not name."""
+    excluded = TargetMatcher(replace(config, target_modules=".*"), budget)
+    return lambda name: bool(excluded(name))
 
 
 def _shorten_targets(config: Any, names: list[str]) -> None:

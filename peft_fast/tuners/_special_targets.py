@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,36 @@ def check_targets_run(config: Any, model: nn.Module, targets: Sequence[Site]) ->
                 "target_modules (exclude_modules)"
             )
     check_embeddings_run(config, model, targets)
+
+
+# What the linear layers of an expert were called, before transformers made one parameter of all experts' weights.
+_OF_EXPERTS = ("gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3")
+
+
+def refuse_experts(sites: Sequence[Site], means: Callable[[str], object], wanted: Iterable[str] = ()) -> None:
+    """Raises: ValueError where target_modules means layers of experts, whose weights are parameters and no layers here.
+
+    Args:
+        sites: of the model.    means: whether the config means a module of that name.
+        wanted: names of modules that a file has weights for.
+    """
+    for site in sites:
+        fused = [name for name, parameter in site.module._parameters.items() if _is_fused(name, parameter)]
+        if not fused:
+            continue
+        names = [name for name in _OF_EXPERTS if means(f"{site.name}.0.{name}") or means(f"{site.name}.{name}")]
+        names += [name for name in wanted if name.startswith(f"{site.name}.")][:1]
+        if names:
+            raise ValueError(
+                f"{', '.join(repr(name) for name in names)} means layers of the experts {site.name!r}, whose weights "
+                f"are parameters ({', '.join(fused)}) and no layers: LoRA on experts is not supported by peft_fast yet."
+                " Name other layers only (q_proj, k_proj, v_proj, o_proj), or leave the experts out with "
+                "exclude_modules=r'.*\\.experts\\..*'"
+            )
+
+
+def _is_fused(name: str, parameter: Any) -> bool:
+    return name in _OF_EXPERTS and parameter is not None and parameter.ndim == 3
 
 
 def check_embeddings_run(config: Any, model: Any, targets: Sequence[Site]) -> None:
