@@ -285,3 +285,31 @@ def test_a_batch_that_fails_costs_only_the_line_that_is_bad(
     assert "illegal memory" in capsys.readouterr().err
     monkeypatch.setattr(generate_batches, "_padded", padded)
     assert job.run() == 0 and [r.get("output_ids") for r in job.results()] == [r["output_ids"] for r in good]
+
+
+@pytest.mark.parametrize("first", ["de", "own"])
+def test_an_adapter_that_brings_base_weights_is_answered_alone(
+    saved: Path, tmp_path: Path, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would change the answers of all the others, and of the base."""
+    from safetensors.torch import load_file, save_file
+    from transformers import LlamaForCausalLM
+
+    import peft_fast
+
+    own = tmp_path / "own"
+    base = LlamaForCausalLM.from_pretrained(saved / "base")
+    peft_fast.PeftModel.from_pretrained(base, saved / "adapters" / "de").save_pretrained(
+        own, save_embedding_layers=True
+    )
+    tensors = load_file(own / "adapter_model.safetensors")
+    changed = {name: value + ("lora" not in name) for name, value in tensors.items()}
+    save_file(changed, own / "adapter_model.safetensors")
+    request = tmp_path / "in.jsonl"
+    request.write_text('{"prompt": "a", "adapter": "own", "max_new_tokens": 2}\n')
+    command = ["generate", "--model", str(saved / "base"), "--in", str(request), "--out", str(tmp_path / "out.jsonl")]
+    pairs = [f"own={own}", f"de={saved / 'adapters' / 'de'}"]
+    assert main([*command, "--adapters", *(pairs if first == "own" else pairs[::-1])]) == 1
+    error = capsys.readouterr().err
+    assert "adapter own, " in error and ("change their outputs" in error or "change the answers of the other" in error)
+    assert main([*command, "--adapters", pairs[0]]) == 0

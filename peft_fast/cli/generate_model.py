@@ -182,6 +182,14 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
         except Exception as error:  # also what safetensors and pickle raise
             made_for = PeftConfig.from_pretrained(path).base_model_name_or_path
             raise CommandError(f"adapter {name}, {path}: {error} (it says that it is for {made_for})") from error
+    brought = getattr(model, "_brought_weights", {})
+    if brought and len(adapters) > 1:
+        name = next(iter(brought))
+        raise CommandError(
+            f"adapter {name}, {adapters[name]}: its file has weights of the base model ({', '.join(brought[name][:2])}), "
+            "which would change the answers of the other adapters and of the base: answer its requests in a run of "
+            "their own"
+        )
     model.eval()
     return model
 
