@@ -187,8 +187,8 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
         name = next(iter(brought))
         raise CommandError(
             f"adapter {name}, {adapters[name]}: its file has weights of the base model "
-            f"({', '.join(brought[name][:2])}), which would change the answers of the other adapters and of the base: answer its requests in a run of "
-            "their own"
+            f"({', '.join(brought[name][:2])}), which would change the answers of the other adapters and of the base: "
+            "answer its requests in a run of their own"
         )
     model.eval()
     return model
