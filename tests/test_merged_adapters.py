@@ -89,6 +89,23 @@ def test_weights_loaded_from_a_directory_over_a_merged_adapter() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize(
+    "options", [dict(lora_alpha=40), dict(use_rslora=True), dict(alpha_pattern={"0": 3.0})], ids=str
+)
+def test_an_adapter_that_is_loaded_again_has_the_scaling_of_its_file(options: dict[str, Any], merged: bool) -> None:
+    saved, x = model_with(nn.Linear(6, 5), "a", **options), torch.randn(3, 6)
+    model = model_with(nn.Linear(6, 5), "a")
+    model.base_model.model.load_state_dict({k: v for k, v in saved.base_model.model.state_dict().items()})
+    if merged:
+        model.merge_adapter()
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        model.load_adapter(f"{folder}/a", "a")
+    assert layer_of(model).scaling == layer_of(saved).scaling
+    torch.testing.assert_close(model(x), saved(x), rtol=1e-4, atol=1e-5)
+
+
 def test_what_was_changed_behind_its_back_is_still_taken_out_whole() -> None:
     model = model_with(nn.Linear(6, 5), "a")
     original = layer_of(model).base_layer.weight.detach().clone()

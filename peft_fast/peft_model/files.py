@@ -254,9 +254,12 @@ class AdapterFiles(PushToHubMixin, nn.Module):
                     self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
                 if is_trainable:
                     self.set_requires_grad(adapter_name)
-            return self._load_weights(
+            loaded = self._load_weights(
                 directory, adapter_name, is_trainable, autocast_adapter_dtype, low_cpu_mem_usage, key_mapping, kwargs
             )
+            if not is_new and hasattr(self.base_model, "take_scaling"):
+                self.base_model.take_scaling(adapter_name, PeftConfig.from_pretrained(directory))
+            return loaded
         except BaseException:
             if is_new:
                 self._forget(adapter_name)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from ...utils.other import ModulesToSaveWrapper, _freeze_adapter
+from ...utils.other import ModulesToSaveWrapper, _freeze_adapter, walk
 from ..tuners_utils import BaseTuner, get_pattern_key
 from .bnb import dispatch_quantized
 from .init import changes_base, check_init
@@ -117,6 +117,20 @@ class LoraModel(MixedBatches, BaseTuner):
         super()._check_merge_allowed()
         if getattr(self.model, "quantization_method", None) == "gptq":
             raise ValueError("Cannot merge LORA layers when the model is gptq quantized")
+
+    def take_scaling(self, adapter_name: str, saved: Any) -> None:
+        """Scale an adapter as the configuration says that its new weights were saved with."""
+        config = self.peft_config.get(adapter_name)
+        if not isinstance(saved, type(config)):
+            return
+        for field in ("lora_alpha", "use_rslora", "alpha_pattern"):
+            setattr(config, field, getattr(saved, field))
+        for site in walk(self.model):
+            layer = site.module
+            if isinstance(layer, LoraLayer) and adapter_name in layer.lora_alpha:
+                _, layer.lora_alpha[adapter_name] = self._rank_and_alpha(config, site.name)
+                layer.use_rslora[adapter_name] = saved.use_rslora
+                layer.set_scale(adapter_name, 1)
 
     # ---------------------------------------------------------------------------------------- several adapters in one
     def add_weighted_adapter(
