@@ -8,6 +8,8 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .integrations.trainers import introduce as _introduce
+
 __version__ = "0.1.0"
 
 # where each public name lives: module of this package -> names
@@ -134,3 +136,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULE_OF, *_OWN, *_SUBMODULES})
+
+
+_introduce()  # to transformers' Trainer and TRL, which ask whether a model is peft's
