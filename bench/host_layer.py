@@ -19,6 +19,7 @@ from .subject import Call, Compared, Work
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let peft_fast take the path of a GPU, by its own choice, for tensors that are on the CPU."""
+    from csrc_triton import tables
     from peft_fast import reference
     from peft_fast.ops import choice, functional
 
@@ -29,7 +30,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
     choice.forget()
     with (
-        mock.patch.object(choice, "_gpu", lambda device: "a GPU without a table"),
+        mock.patch.object(tables, "gpu_of", lambda device: tables.Gpu("sm_0", "a GPU without a table")),
         mock.patch.object(functional, "choose", choose_for_a_gpu),
         mock.patch.object(functional, "_on_cpu", lambda x: False),
         mock.patch.object(reference, "_in_fp32", lambda x: False),

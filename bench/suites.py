@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cases import (
-    BYTES,
     GenerateCase,
     HostCase,
     ManageCase,
@@ -24,6 +23,7 @@ from .cases import (
     QuantWeightCase,
 )  # fmt: skip
 
+DTYPES = ("bf16", "fp32")  # measured everywhere; fp16 only where a case asks for it
 SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "host")
 MANAGEMENT = ("add_adapter", "load_adapter", "set_adapter", "delete_adapter")
 
@@ -123,7 +123,7 @@ def _lora(quick: bool) -> Iterator[Any]:
         for M in (1, 256):
             yield OpCase(*LLAMA_QUARTER[1], M, 16, dtype="fp32", adapters="fp32")
     rows, tokens = (2, 32) if quick else (8, 128)
-    for dtype in ("bf16",) if quick else BYTES:
+    for dtype in ("bf16",) if quick else DTYPES:
         yield ModelCase("fwd", dtype, rows, tokens)
         yield ModelCase("fwd", dtype, 1, 1, compiled=not quick and dtype == "bf16")
 
@@ -161,13 +161,13 @@ def _prefix(quick: bool) -> Iterator[Any]:
 
 def _quant(quick: bool) -> Iterator[Any]:
     if quick:
-        for dtype in BYTES:
+        for dtype in DTYPES:
             yield QuantWeightCase(128, 256, dtype)
         yield QuantSiteCase("o", 256, 128, 32, "train", "int8", dropout=0.05)
         yield QuantModelCase("fwd", 1, 1, prepared=False)
         return
     for size in (1024, 4096):
-        for dtype in BYTES:
+        for dtype in DTYPES:
             yield QuantWeightCase(size, size, dtype)
     site = LLAMA_QUARTER[1]
     for M in (512, 2048):
@@ -238,7 +238,7 @@ def _forward(site: tuple[str, int, int]) -> Iterator[OpCase]:
 
 def _backward() -> Iterator[OpCase]:
     for site in LLAMA_8B:
-        for adapters in BYTES:
+        for adapters in DTYPES:
             compiled = site[0] == "o"
             yield OpCase(*site, 8192, 16, "train", adapters=adapters, dropout=0.05, compiled=compiled)
 
@@ -282,7 +282,7 @@ GPU_STEPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "backward": ("lora", tuple(_backward())),
     "mixed": ("mixed", tuple(_mixed_layers())),
     **{f"prefix-{mode}": ("prefix", tuple(_attention(mode))) for mode in ("fwd", "train", "decode")},
-    "quant-dequant": ("quant", tuple(QuantWeightCase(N, K, dtype) for _, K, N in LLAMA_8B_LAYERS for dtype in BYTES)),
+    "quant-dequant": ("quant", tuple(QuantWeightCase(N, K, dtype) for _, K, N in LLAMA_8B_LAYERS for dtype in DTYPES)),
     "quant-linear": ("quant", tuple(_quantized_layers())),
     "train-lora": ("train", tuple(
         ModelCase("train", "bf16", 8, 512, dropout=0.05, adapters=a, size="8b") for a in ("default", "same"))),

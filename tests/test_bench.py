@@ -39,6 +39,7 @@ from bench.subjects import SUBJECTS
 from peft_fast.cli import bench as bench_command
 from peft_fast.cli.errors import CommandError
 from peft_fast.cli.main import main as cli_main
+from peft_fast.tuning import clock
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -387,10 +388,10 @@ def test_few_tokens_find_the_weights_outside_the_cache() -> None:
 
 
 def test_rounds_are_interleaved_and_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(clock, "_SAMPLE_SECONDS", 0.0)
     order: list[str] = []
     functions = {name: lambda i, name=name: order.append(name) for name in "abc"}
-    monkeypatch.setattr(measure, "_calls_per_sample", lambda function, device: 1)
+    monkeypatch.setattr(clock, "_calls_per_sample", lambda function, device: 1)
     samples = measure.interleaved(functions, CPU, seconds=0.0, min_rounds=4)
     assert "".join(order) == "abcbcacababc"
     assert {name: len(times) for name, times in samples.items()} == {"a": 4, "b": 4, "c": 4}
@@ -502,7 +503,7 @@ def test_lines_of_memory_and_of_the_strongest() -> None:
 
 def test_a_suite_that_was_not_measured() -> None:
     text = report_pages.pages({}, {})
-    assert text[report_pages.BENCHMARKS].count("Not measured yet") == len(suites.SUITES) + 3
+    assert text[report_pages.BENCHMARKS].count("Not measured yet") == len(suites.SUITES) + 4
     gpu = report_pages.pages({}, {"forward-o": a_result()})[report_pages.BENCHMARKS]
     assert "### forward-o" in gpu and "| words of a-case | 500 ms |" in gpu
 

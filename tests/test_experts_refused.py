@@ -29,6 +29,10 @@ def gpt_oss() -> nn.Module:
     return transformers.GptOssForCausalLM(transformers.GptOssConfig(**SIZES, num_local_experts=2, head_dim=8))
 
 
+def _id(value: Any) -> str:
+    return getattr(value, "__name__", str(value))
+
+
 @pytest.mark.parametrize(
     ("make", "targets"),
     [
@@ -40,7 +44,7 @@ def gpt_oss() -> nn.Module:
         (mixtral, "all-linear"),
         (gpt_oss, ["q_proj", "gate_up_proj"]),
     ],
-    ids=str,
+    ids=_id,
 )
 def test_a_name_that_means_experts_is_refused(make: Any, targets: Any) -> None:
     model = make()
@@ -57,7 +61,7 @@ def test_a_name_that_means_experts_is_refused(make: Any, targets: Any) -> None:
         (qwen3_moe, dict(target_modules=[*ATTENTION, "down_proj"], exclude_modules=r".*\.experts\..*")),
         (mixtral, dict(target_modules=ATTENTION)),
     ],
-    ids=str,
+    ids=_id,
 )
 @pytest.mark.filterwarnings("ignore:You have passed exclude_modules")
 def test_who_leaves_them_out_gets_the_others(make: Any, options: Any) -> None:

@@ -190,13 +190,19 @@ def test_what_a_case_started_is_killed_with_it(run: Callable[..., Document], tmp
     raise AssertionError("the program that a case started still runs")
 
 
-def test_cases_run_side_by_side(run: Callable[..., Document]) -> None:
-    def slow(here: Here) -> Iterator[dict[str, Any]]:
-        time.sleep(1.0)
-        yield row("slow")
+def test_cases_run_side_by_side(run: Callable[..., Document], tmp_path: Path) -> None:
+    """Each waits for the three others: one after another none would end."""
 
-    document = run(60, (Phase("a", 1, workers=4), [slow] * 4))
-    assert document.phases[0]["done"] == 4 and document.phases[0]["seconds"] < 3.5
+    def meets(number: int, here: Here) -> Iterator[dict[str, Any]]:
+        (tmp_path / f"here-{number}").touch()
+        for _ in range(300):
+            if len(list(tmp_path.glob("here-*"))) == 4:
+                yield row("met")
+                return
+            time.sleep(0.1)
+
+    document = run(60, (Phase("a", 1, workers=4), [partial(meets, number) for number in range(4)]))
+    assert document.phases[0]["done"] == 4 and found(document) == [("a", "met", True)] * 4
 
 
 def test_the_json_is_whole_whenever_the_run_is_killed(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ from accelerate.utils import is_peft_model
 def base():
     return LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                         num_attention_heads=2))
-models = [library.get_peft_model(base(), library.LoraConfig(target_modules=["q_proj"])) for library in (peft, peft_fast)]
+models = [it.get_peft_model(base(), it.LoraConfig(target_modules=["q_proj"])) for it in (peft, peft_fast)]
 answers = [[_is_peft_model(model), is_peft_model(model), type(unwrap_peft_model(model)).__name__]
            for model in [*models, base()]]
 print("RESULT", json.dumps([answers, isinstance(models[1], peft.PeftModel), type(peft.PeftModel).__name__]))

@@ -55,9 +55,8 @@ DQ_CANDIDATES = candidates("prefix_dq", [
     Candidate(dict(BLOCK_M=16, BLOCK_N=16), 8, 1, itemsize=4, max_rank=256, default_to=ALWAYS),
 ])  # fmt: skip
 DKV_CANDIDATES = candidates("prefix_dkv", [
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_90",), max_rank=64, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 2, ("sm_100",), max_rank=128, default_to=ALWAYS),
-    Candidate(dict(BLOCK_M=32, BLOCK_N=128), 8, 2, ("sm_90",), max_rank=128, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=64, BLOCK_N=128), 8, 1, ("sm_90",), max_rank=64, default_to=ALWAYS),
+    Candidate(dict(BLOCK_M=32, BLOCK_N=128), 8, 2, ("sm_90", "sm_100"), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=128), 8, 1, ("sm_90",), max_rank=128),
     Candidate(dict(BLOCK_M=32, BLOCK_N=64), 8, 2, ("sm_80", "sm_90"), max_rank=128, default_to=ALWAYS),
     Candidate(dict(BLOCK_M=32, BLOCK_N=32), 4, 1, ("gfx942",), max_rank=128, default_to=ALWAYS),

@@ -1,9 +1,9 @@
 """transformers' Trainer and TRL know peft_fast's models and configurations as they know peft's, with peft or without.
 
-These libraries ask `isinstance(model, PeftModel)` about peft's class, and take no for the answer where peft is not
-installed: an adapter would be saved as a whole model, and a quantized base refused. So in the modules that ask, and in no
-others, the names that they took from peft mean both libraries' classes, and the few functions that import peft when they
-are called get a branch for our models. peft itself is not touched, and `import peft` stays what it is.
+These libraries ask `isinstance(model, PeftModel)` about the class of peft, and take no for the answer where peft is not
+installed: an adapter would be saved as a whole model, and a quantized base refused. So in the modules that ask, and in
+no others, the names that they took from peft mean the classes of both libraries, and the few functions that import peft
+when they are called get a branch for our models. peft itself is not touched, and `import peft` stays what it is.
 """
 
 import copy
@@ -81,7 +81,7 @@ def teach(module: ModuleType) -> None:
     for name, branch in _BRANCHES.items():
         function = names.get(name)
         if callable(function) and not hasattr(function, "without_peft_fast"):
-            setattr(module, name, _with_branch(function, branch))
+            names[name] = _with_branch(function, branch)
     ask = names.get("is_peft_available")
     if ask is None or module.__name__.startswith("accelerate."):  # those functions import peft themselves
         return
@@ -90,13 +90,13 @@ def teach(module: ModuleType) -> None:
         theirs = names.get(name)
         # not again, and not peft_fast's own under peft's name (run_as_peft)
         if (theirs is not None or not has_peft) and not getattr(theirs, "__module__", "").startswith("peft_fast."):
-            setattr(module, name, _Both(theirs, home, name))
+            names[name] = _Both(theirs, home, name)
     if "get_peft_model" in names and not hasattr(names["get_peft_model"], "without_peft_fast"):
-        setattr(module, "get_peft_model", _with_branch(names["get_peft_model"], _get_peft_model))
+        names["get_peft_model"] = _with_branch(names["get_peft_model"], _get_peft_model)
     if not has_peft:
-        setattr(module, "is_peft_available", _yes)
-        setattr(module, "get_peft_model", _ours("mapping_func", "get_peft_model"))
-        setattr(module, "peft", _Versioned("peft"))
+        names["is_peft_available"] = _yes
+        names["get_peft_model"] = _ours("mapping_func", "get_peft_model")
+        names["peft"] = _Versioned("peft")
 
 
 class _Both:
@@ -150,7 +150,7 @@ def _with_branch(function: Callable[..., Any], branch: Callable[..., Any]) -> Ca
         result = branch(*args, **kwargs)
         return function(*args, **kwargs) if result is NotImplemented else result
 
-    setattr(call, "without_peft_fast", function)
+    vars(call)["without_peft_fast"] = function
     return call
 
 

@@ -395,7 +395,9 @@ def _measured(
 
 
 def _gpu(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
+    from csrc_triton import tables
+
+    return str(tables.gpu_of(device).name)
 
 
 @functools.cache

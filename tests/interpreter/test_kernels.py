@@ -398,8 +398,9 @@ class TestCandidates:
 
     def test_every_kernel_has_a_default_everywhere(self):
         aot.kernel_modules()
-        # those of prefix attention are chosen by the head's size, and have a test of their own in test_prefix.py
-        kernels = [kernel for kernel in tuning.CANDIDATES if not kernel.startswith("prefix_")]
+        # those of prefix attention are chosen by the head's size, and have a test of their own in test_prefix.py;
+        # fourbit_decode has one configuration, for 16 bits on NVIDIA's GPUs, and is asked for where `decodes` says so
+        kernels = [k for k in tuning.CANDIDATES if not k.startswith("prefix_") and k != "fourbit_decode"]
         for arch, itemsize, kernel in itertools.product(tuning.ARCHS, (2, 4), kernels):
             offered = list(tuning.candidates_for(kernel, arch, itemsize))
             for M, R in itertools.product((1, 64, 1 << 20), (16, choice.ONE_LAUNCH_MAX_RANK)):
