@@ -64,7 +64,7 @@ def _aligned(b: Tensor) -> Tensor:
 
 def providers(case: MixedOpCase, device: torch.device) -> list[str]:
     """Who takes part: kernels run on a GPU only."""
-    from peft_fast.ops.choice import MIXED_ONE_LAUNCH_MAX_M
+    from peft_fast.ops.operators import MIXED_ONE_LAUNCH_MAX_M
 
     on_gpu = device.type == "cuda"
     left_out = set() if on_gpu else {name for name in NAMES if ":" in name}

@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .ops.operators import MIXED_ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_RANK
+
 BOUNDS = ("memory", "compute", "launches", "communication")  # what a step's time is spent on
 USABLE = 0.9  # of a GPU's memory; the rest is the context, the allocator's and the libraries'
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -22,8 +24,7 @@ TARGETS = {"all-linear": SITES, "attention": SITES[:4], "mlp": SITES[4:]}
 DTYPE_BYTES = {"bf16": 2, "fp32": 4}
 # Bytes of a weight: 4 bits, and an absmax for 64 of them, in fp32, or (dq) in 8 bits with one fp32 for 256 of those.
 WEIGHT_BYTES = {"none": 2.0, "nf4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-LORA_LAUNCHES = {"grouped": 2, "one_launch": 0}  # at each site, beside the base product; names as in ops/choice.py
-ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_RANK = 64, 128  # as in ops/choice.py
+LORA_LAUNCHES = {"grouped": 2, "one_launch": 0}  # at each site, beside the base product
 POINTWISE_LAUNCHES = {True: 4, False: 32}  # of a layer, fused in a graph or as transformers has them: norms, rope, ...
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -251,10 +252,11 @@ class Workload:
         if not self.targets or not set(self.targets) <= set(SITES):
             raise ValueError(f"targets must be some of {', '.join(SITES)}, got {', '.join(self.targets) or 'none'}")
         if self.kernels == "one_launch" and (
-            self.train or self.M > ONE_LAUNCH_MAX_M or self.rank > ONE_LAUNCH_MAX_RANK
+            self.train or self.M > MIXED_ONE_LAUNCH_MAX_M or self.rank > ONE_LAUNCH_MAX_RANK
         ):
             raise ValueError(
-                f"the one_launch kernel is for inference, up to {ONE_LAUNCH_MAX_M} rows and rank {ONE_LAUNCH_MAX_RANK}"
+                f"the one_launch kernel is for inference, up to {MIXED_ONE_LAUNCH_MAX_M} rows and rank "
+                f"{ONE_LAUNCH_MAX_RANK}"
             )
 
     @property

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.choice import MIXED_IMPLEMENTATIONS, requested, triton_failure
+from .ops.choice import requested, triton_failure
 from .ops.functional import MixedPlan, mixed_plan
 
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -71,8 +71,8 @@ class MixedBatch:
         self._beside = beside
         self.of_one_call = False  # entered by a call of the model, and so not meant for calls inside of it
         self.units = len(names) if names is not None else slots.shape[0]  # type: ignore[union-attr]
-        self.peft_arithmetic = requested("lora_mixed", None) == "peft"
-        self.implementation = requested("lora_mixed", None, MIXED_IMPLEMENTATIONS)
+        self.peft_arithmetic = requested("lora_linear", None) == "peft"
+        self.implementation = requested("lora_mixed", None)
         self._groups: dict[int, Groups] = {}
         self._of_sites: dict[tuple[int, int], Any] = {}
         self._kept: dict[str, Any] = {}

@@ -1,6 +1,7 @@
 """The choice of an implementation: order of precedence, errors that name what to do, and the table's rows."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from csrc_triton import tables
-from peft_fast.ops import choice
+from peft_fast.ops import choice, situations
 from peft_fast.ops.choice import choose
+from peft_fast.ops.operators import OPERATORS
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 ROW = {
@@ -26,7 +28,6 @@ def table(monkeypatch):
     rows = []
     monkeypatch.setattr(tables, "read", lambda path: rows if path.parent == tables.SHIPPED else ())
     monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
-    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "triton_failure", lambda device: "")
     forget()
@@ -35,8 +36,7 @@ def table(monkeypatch):
 
 
 def forget():
-    for cached in (choice._measured, choice._automatic, choice._automatic_mixed):
-        cached.cache_clear()
+    choice.forget()
 
 
 def pick(device=GPU, dtype=torch.bfloat16, M=64, N=512, K=256, R=16, **options):
@@ -164,14 +164,14 @@ def test_an_unknown_name_lists_the_names(monkeypatch):
 
 
 def test_describe_has_a_line_per_situation_and_never_raises(monkeypatch):
-    rows = choice.describe()
+    rows = situations.typical()
     assert {"cpu, 4096x4096 bf16 r16, one token"} <= {row.situation for row in rows}
     assert {row.op for row in rows} == {"lora_linear", "lora_mixed", "prefix_attention", "lora_linear_4bit"}
     assert all(row.reason for row in rows)
     assert f"{rows[0]}".startswith("lora_linear      cpu, 4096x4096 bf16 r16, one token")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("PEFT_FAST_LORA", "split")
-    assert choice.describe()[0].choice == "an error"
+    assert situations.typical()[0].choice == "an error"
 
 
 def test_committed_rows_are_complete():
@@ -185,8 +185,8 @@ def test_committed_rows_are_complete():
 def test_choosing_imports_no_triton():
     code = """
 import sys
-from peft_fast.ops import choice
-choice.describe()
+from peft_fast.ops import situations
+situations.typical()
 print({"triton"} & set(sys.modules))
 """
     root = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ print({"triton"} & set(sys.modules))
 
 
 def mixed(device=GPU, dtype=torch.bfloat16, M=64, R=16, implementation=None):
-    return choice.choose_mixed(device, dtype, M, 512, 256, R, implementation)
+    return choose("lora_mixed", device, dtype, M, 512, 256, R, implementation=implementation)
 
 
 def test_a_mixed_batch_on_a_gpu_never_takes_plain_torch(table):
@@ -228,3 +228,21 @@ def test_a_mixed_batch_that_nothing_can_run(table, monkeypatch):
     monkeypatch.setattr(choice, "has_triton", lambda: False)
     with pytest.raises(RuntimeError, match="pip install triton"):
         mixed()
+
+
+def test_the_page_has_every_name_and_no_other():
+    """docs/dispatch.md: the names of implementations, and the variables that force them."""
+    page = (Path(__file__).parents[1] / "docs" / "dispatch.md").read_text()
+    lines = re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)
+    names = {name for op in OPERATORS.values() for name in op.names} - {"auto"}
+    assert names == set(lines)
+    assert all(f"`{op.variable}`" in page for op in OPERATORS.values())
+
+
+@pytest.mark.parametrize("op", OPERATORS)
+def test_defaults_are_implementations_that_can_run(op):
+    known = OPERATORS[op]
+    defaults = [known.gpu, known.gpu_dropout or known.gpu]
+    assert {default.implementation for default in defaults} <= set(known.names)
+    assert not known["torch"].kernel, "what takes over where Triton cannot run"
+    assert bool(known["torch"].cpu_only) == (known.instead == "grouped")

@@ -281,12 +281,10 @@ def test_eager_launches_are_those_of_transformers() -> None:
     assert counts[1] - counts[0] == pytest.approx(7 + 1 + planner.POINTWISE_LAUNCHES[False], abs=4)
 
 
-def test_limits_of_one_launch_are_the_operators() -> None:
-    from peft_fast.ops import choice
+def test_implementations_are_the_operators() -> None:
+    from peft_fast.ops.operators import OPERATORS
 
-    assert planner.ONE_LAUNCH_MAX_M == choice.MIXED_ONE_LAUNCH_MAX_M
-    assert planner.ONE_LAUNCH_MAX_RANK == choice.ONE_LAUNCH_MAX_RANK
-    assert set(planner.LORA_LAUNCHES) <= set(choice.MIXED_IMPLEMENTATIONS)
+    assert set(planner.LORA_LAUNCHES) <= set(OPERATORS["lora_mixed"].names)
 
 
 # Time of an operation

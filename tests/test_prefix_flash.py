@@ -23,7 +23,7 @@ from prefix_oracle import (
 from numerics import assert_as_accurate
 from peft_fast import reference_prefix as reference, reference_prefix_calls as calls
 from peft_fast.attention.prefix import Prefix, Rows
-from peft_fast.ops import choice, functional, prefix_attention as op
+from peft_fast.ops import choice, functional, prefix_attention as op, prefix_choice
 from peft_fast.ops.functional import prefix_attention
 
 GPU = torch.device("cuda", 0)
@@ -274,8 +274,8 @@ def test_a_window_counts_on_the_device_and_only_where_something_has_slid_out_of_
 def chip(monkeypatch):
     """A GPU that is described and not there; returns a function that describes another."""
     monkeypatch.setattr(choice, "has_triton", lambda: True)
-    monkeypatch.setattr(choice, "triton_failure", lambda device: "")
-    monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
+    monkeypatch.setattr(prefix_choice, "triton_failure", lambda device: "")
+    monkeypatch.setattr(prefix_choice, "gpu_name", lambda device: "a GPU")
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
@@ -284,17 +284,17 @@ def chip(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", hip)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-        choice.forget()
+        prefix_choice.forget()
         calls.flash_fails.cache_clear()
 
     is_now()
     yield is_now
-    choice.forget()
+    prefix_choice.forget()
     calls.flash_fails.cache_clear()
 
 
 def pick(D=128, dtype=torch.bfloat16, **options):
-    return choice.choose_prefix(GPU, dtype, D, **options).name
+    return prefix_choice.choose_prefix(GPU, dtype, D, **options).name
 
 
 NVIDIA = {(8, 0): 163, (8, 6): 99, (8, 7): 163, (8, 9): 99, (9, 0): 227, (10, 0): 227, (10, 3): 227, (12, 0): 99}
@@ -314,15 +314,15 @@ def test_every_gpu_has_both(chip, capability):
 def test_where_one_of_both_cannot_run(chip, monkeypatch):
     chip((7, 5), 64)
     no_kernel, no_flash = "kernels need 81920 bytes", "flash attention needs compute capability 8.0, not 7.5"
-    found = choice.choose_prefix(GPU, torch.float16, 128)
+    found = prefix_choice.choose_prefix(GPU, torch.float16, 128)
     assert found.name == "torch" and no_kernel in found.reason and no_flash in found.reason
     chip(hip="6.4", name="gfx942:sramecc+:xnack-")
     assert pick() == pick(training=True) == "kernel"
     chip(hip="6.4", name="gfx90a")
     assert pick() == pick(training=True) == "torch"
     chip()
-    monkeypatch.setattr(choice, "triton_failure", lambda device: "no compiler")
-    assert choice.choose_prefix(GPU, torch.bfloat16, 64) == ("flash", "not 'kernel': no compiler")
+    monkeypatch.setattr(prefix_choice, "triton_failure", lambda device: "no compiler")
+    assert prefix_choice.choose_prefix(GPU, torch.bfloat16, 64) == ("flash", "not 'kernel': no compiler")
     assert pick(beyond_flash="a mask") == "torch"
     with pytest.raises(RuntimeError, match="kernels need 81920 bytes of shared memory in a block, and a GPU has 65536"):
         chip((7, 5), 64)

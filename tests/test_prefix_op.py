@@ -7,8 +7,9 @@ import torch
 from prefix_oracle import SHAPE, draw, options_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from peft_fast.ops import choice, functional, prefix_attention as op
+from peft_fast.ops import choice, functional, prefix_attention as op, prefix_choice, situations
 from peft_fast.ops.functional import prefix_attention
+from peft_fast.ops.prefix_choice import choose_prefix
 
 
 def all_arguments(names, dtype=torch.float32):
@@ -170,33 +171,33 @@ def test_choice(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(choice, "has_triton", lambda: True)
-    monkeypatch.setattr(choice, "_gpu", lambda device: "a GPU")
-    monkeypatch.setattr(choice, "triton_failure", lambda device: "")
+    monkeypatch.setattr(prefix_choice, "gpu_name", lambda device: "a GPU")
+    monkeypatch.setattr(prefix_choice, "triton_failure", lambda device: "")
     chip = types.SimpleNamespace(shared_memory_per_block_optin=100 << 10)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: chip)
-    monkeypatch.setattr(choice, "flash_fails", lambda device, dtype, D: "no flash")
-    choice.forget()
-    assert choice.choose_prefix(cpu, torch.float32, 64) == ("torch", "cpu tensors take plain torch")
-    assert choice.choose_prefix(gpu, torch.bfloat16, 256).name == "kernel"
-    assert choice.choose_prefix(gpu, torch.bfloat16, 257).name == "torch"
-    assert choice.choose_prefix(gpu, torch.float64, 64).name == "torch"
-    assert choice.choose_prefix(gpu, torch.bfloat16, 64, "torch") == ("torch", "forced by the argument")
+    monkeypatch.setattr(prefix_choice, "flash_fails", lambda device, dtype, D: "no flash")
+    prefix_choice.forget()
+    assert choose_prefix(cpu, torch.float32, 64) == ("torch", "cpu tensors take plain torch")
+    assert choose_prefix(gpu, torch.bfloat16, 256).name == "kernel"
+    assert choose_prefix(gpu, torch.bfloat16, 257).name == "torch"
+    assert choose_prefix(gpu, torch.float64, 64).name == "torch"
+    assert choose_prefix(gpu, torch.bfloat16, 64, "torch") == ("torch", "forced by the argument")
     with pytest.raises(ValueError, match="at most 256"):
-        choice.choose_prefix(gpu, torch.bfloat16, 257, "kernel")
+        choose_prefix(gpu, torch.bfloat16, 257, "kernel")
     with pytest.raises(TypeError, match="no kernel for float64"):
-        choice.choose_prefix(gpu, torch.float64, 64, "kernel")
+        choose_prefix(gpu, torch.float64, 64, "kernel")
     monkeypatch.setenv("PEFT_FAST_PREFIX", "torch")
-    assert choice.choose_prefix(gpu, torch.bfloat16, 64) == ("torch", "forced by PEFT_FAST_PREFIX")
+    assert choose_prefix(gpu, torch.bfloat16, 64) == ("torch", "forced by PEFT_FAST_PREFIX")
     monkeypatch.setenv("PEFT_FAST_PREFIX", "kernel")
     with pytest.raises(RuntimeError, match="PEFT_FAST_PREFIX"):
         functional.prefix_attention(*draw(torch.float32, **SHAPE))
     monkeypatch.setenv("PEFT_FAST_PREFIX", "quick")
     with pytest.raises(ValueError, match="implementation must be one of"):
-        choice.choose_prefix(cpu, torch.float32, 64)
+        choose_prefix(cpu, torch.float32, 64)
     monkeypatch.delenv("PEFT_FAST_PREFIX")
     monkeypatch.setattr(choice, "has_triton", lambda: False)
-    choice.forget()
+    prefix_choice.forget()
     reason = "a matrix of scores; not 'kernel': triton is not installed; not 'flash': no flash"
-    assert choice.choose_prefix(gpu, torch.bfloat16, 64) == ("torch", reason)
-    assert any(f"{row}".startswith("prefix_attention cpu, bf16, heads of 128") for row in choice.describe())
-    choice.forget()
+    assert choose_prefix(gpu, torch.bfloat16, 64) == ("torch", reason)
+    assert any(f"{row}".startswith("prefix_attention cpu, bf16, heads of 128") for row in situations.typical())
+    prefix_choice.forget()

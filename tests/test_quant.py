@@ -14,7 +14,7 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from torch import Tensor
 
 from peft_fast import quant, reference_quant
-from peft_fast.ops.choice import choose_quantized
+from peft_fast.ops.choice import choose
 from peft_fast.ops.quantized_functional import linear_quantized, lora_linear_quantized
 
 SHAPES = [(64, 128), (48, 96), (33, 70), (17, 5), (256, 512)]
@@ -261,11 +261,11 @@ def test_wrong_arguments() -> None:
 
 def test_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("lora_linear_4bit", torch.device("cpu"), torch.float32, 1, 64, 128, 8)
-    assert choose_quantized(*arguments).name == "torch"
+    assert choose(*arguments).name == "torch"
     with pytest.raises(RuntimeError, match="is a GPU kernel and x is on cpu"):
-        choose_quantized(*arguments, "kernel")
+        choose(*arguments, implementation="kernel")
     monkeypatch.setenv("PEFT_FAST_QUANT", "torch")
-    assert choose_quantized(*arguments) == ("torch", "forced by PEFT_FAST_QUANT")
+    assert choose(*arguments) == ("torch", "forced by PEFT_FAST_QUANT")
     monkeypatch.setenv("PEFT_FAST_QUANT", "kernels")
     with pytest.raises(ValueError, match="must be one of"):
-        choose_quantized(*arguments)
+        choose(*arguments)

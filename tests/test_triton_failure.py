@@ -25,7 +25,7 @@ install(launcher=lambda source, metadata: build.compile_module_from_src(src="int
 from csrc_triton import tables
 from peft_fast.ops import choice
 
-choice._gpu = lambda device: "Test GPU"
+choice.gpu_name = lambda device: "Test GPU"
 tables.gpu_of = lambda device: tables.Gpu("sm_90", "Test GPU")
 gpu = torch.device("cuda", 0)
 probe = choice._triton_failure
@@ -49,7 +49,7 @@ def test_without_a_c_compiler(tmp_path: Path) -> None:
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
+    monkeypatch.setattr(choice, "gpu_name", lambda device: "Test GPU")
     monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     monkeypatch.setattr(choice, "triton_failure", lambda device: "Triton cannot run kernels on cuda:0 (X: why)")

@@ -307,7 +307,6 @@ def test_a_choice_is_written_and_then_taken(bench, monkeypatch):
     rows = bench.rows("choice.json")
     assert set(rows[0]) == PROVENANCE | {"op", "dtype", "dropout", "M", "N", "K", "R", "implementation", "gain"}
     monkeypatch.setattr(tables, "user_folder", lambda: bench.folder)
-    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "triton_failure", lambda device: "")
     work.forget()
     names = [choice.choose("lora_linear", GPU, torch.float32, M, 32, 48, 16).name for M in (1, 16, 17, 64, 65)]

@@ -40,7 +40,6 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The user's table in a folder of the test, and a GPU that is not there."""
     monkeypatch.setenv(tables.VARIABLE, str(tmp_path))
     monkeypatch.setattr(tables, "gpu_of", lambda device: tables.Gpu("sm_90", "Test GPU"))
-    monkeypatch.setattr(choice, "_gpu", lambda device: "Test GPU")
     monkeypatch.setattr(choice, "triton_failure", lambda device: "")
     monkeypatch.setattr(choice, "has_triton", lambda: True)
     work.forget()

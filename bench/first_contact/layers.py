@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_fast.ops.choice import MIXED_ONE_LAUNCH_MAX_M
+from peft_fast.ops.operators import MIXED_ONE_LAUNCH_MAX_M
 
 from .. import lora_sites, mixed_sites
 from ..cases import MixedOpCase, OpCase

@@ -5,9 +5,9 @@
     x (M, K)   w (N, K)   a (R, K)   b (N, R)   bias (N,)   y (M, N)   s (M, R) and bits as shrink.py gives them
 
 Every program computes s for its rows in the K loop that streams its columns of w: x is in registers anyway, a comes
-from L2, and the tensor cores idle while w arrives. That holds while R * M is small (the bound: ops/choice.py); beyond
-it, lora_shrink and lora_gemm. s is stored by the programs of the first columns, so the backward has it. a and b may
-be fp32 beside a 16-bit x. Accumulates in fp32; s is rounded before it meets b.
+from L2, and the tensor cores idle while w arrives. That holds while R * M is small (the bound: ops/operators.py);
+beyond it, lora_shrink and lora_gemm. s is stored by the programs of the first columns, so the backward has it. a and b
+may be fp32 beside a 16-bit x. Accumulates in fp32; s is rounded before it meets b.
 Traffic: N*K + M*K elements from memory, R*K per program from L2.
 """
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.choice import PREFIX_VARIABLE
+from ..ops.operators import PREFIX_VARIABLE
 from .families import FAMILIES, model_type
 from .table import checkpoints
 

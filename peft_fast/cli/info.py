@@ -96,8 +96,9 @@ def _folders() -> list[str]:
 
 
 def _implementations() -> list[str]:
-    from ..ops import choice
+    from ..ops.operators import OPERATORS
+    from ..ops.situations import typical
 
-    variables = (choice.VARIABLE, choice.PREFIX_VARIABLE)
+    variables = dict.fromkeys(op.variable for op in OPERATORS.values())
     lines = [f"{name}={os.environ[name]}: forced, nothing falls back" for name in variables if os.environ.get(name)]
-    return [*lines, *map(str, choice.describe())]
+    return [*lines, *map(str, typical())]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .. import reference, reference_mixed
 from ._register import register
-from .choice import choose_mixed, choose_quantized
+from .choice import choose
 from .lora_mixed import _TABLES
-from .quantized import _dequantize_4bit
+from .quantized import _dequantize_4bit, quantized_name
 
 WEIGHT = (
     "Tensor packed, Tensor code, Tensor absmax, Tensor? nested_code, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -35,13 +35,14 @@ def _mixed(x: Tensor, *args: Any) -> Tensor:
 
 def _resolve(x: Tensor, *args: Any) -> str:
     (N, K), R = args[_FIELDS - 2 : _FIELDS], args[_FIELDS + 1].shape[0]
-    return choose_quantized("lora_linear_4bit", x.device, x.dtype, x.shape[0], N, K, R, args[-1]).name
+    return quantized_name("lora_linear_4bit", x, N, K, R, args[-1])
 
 
 def _resolve_mixed(x: Tensor, *args: Any) -> str:
     (N, K), R = args[_FIELDS - 2 : _FIELDS], args[_FIELDS + 5]
-    choose_mixed(x.device, x.dtype, x.shape[0], N, K, R, "auto")  # raises where only a kernel could run, and cannot
-    return choose_quantized("lora_linear_mixed_4bit", x.device, x.dtype, x.shape[0], N, K, R, args[-1]).name
+    # raises where only a kernel could run, and cannot
+    choose("lora_mixed", x.device, x.dtype, x.shape[0], N, K, R, implementation="auto")
+    return quantized_name("lora_linear_mixed_4bit", x, N, K, R, args[-1])
 
 
 linear_4bit = register(

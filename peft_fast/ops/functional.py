@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from .choice import IMPLEMENTATIONS, MIXED_IMPLEMENTATIONS, PREFIX_IMPLEMENTATIONS, choose, requested
+from .choice import choose, requested
 from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd
 from .lora_mixed import embedding_mixed, linear_mixed, update_mixed
@@ -23,9 +23,8 @@ from .mixed_plan import MixedPlan, MixedSite, mixed_plan
 from .prefix_functional import prefix_attention
 
 __all__ = [
-    "IMPLEMENTATIONS", "MIXED_IMPLEMENTATIONS", "PREFIX_IMPLEMENTATIONS", "LoraSite", "MixedPlan", "MixedSite",
-    "lora_embedding_mixed", "lora_linear", "lora_linear_group", "lora_linear_mixed", "lora_update",
-    "lora_update_mixed", "mixed_plan", "new_seed", "prefix_attention",
+    "LoraSite", "MixedPlan", "MixedSite", "lora_embedding_mixed", "lora_linear", "lora_linear_group",
+    "lora_linear_mixed", "lora_update", "lora_update_mixed", "mixed_plan", "new_seed", "prefix_attention",
 ]  # fmt: skip
 
 _lora_linear: Any = LoraLinear.apply
@@ -56,7 +55,8 @@ def lora_linear(
         bias: (N,) or None; gets a gradient if it asks for one.
         dropout_p: probability in [0, 1) that an element of x is dropped on the low-rank path.
         seed: (1,) int64 on x's device, see ``new_seed``; the mask is a pure function of it. Needed if dropout_p > 0.
-        implementation: one of ``IMPLEMENTATIONS``; None means the environment variable PEFT_FAST_LORA, else "auto".
+        implementation: one of "lora_linear"'s (operators.py); None means the environment variable PEFT_FAST_LORA, else
+            "auto".
     Returns: (..., N) in x.dtype (the autocast dtype under autocast, as ``torch.nn.functional.linear``).
     Raises: ValueError on shapes that disagree, a weight that requires grad, a bad dropout_p or an unknown
         implementation; TypeError on dtypes that disagree; RuntimeError when a forced kernel cannot run on x's device.
@@ -111,7 +111,7 @@ def lora_update(
     Returns: (..., N), a new tensor.
     Raises: as ``lora_linear``.
     """
-    asked = requested("lora_update", implementation)
+    asked = requested("lora_update", implementation, like="lora_linear")
     name = _within_range(asked, x, a)
     N = base.shape[-1]
     _check("lora_update", x, a, b, N, dropout_p, seed)
@@ -149,7 +149,7 @@ def lora_linear_group(x: Tensor, sites: Sequence[LoraSite], *, implementation: s
     """
     if not sites:
         raise ValueError("lora_linear_group: sites must hold at least one LoraSite, got none")
-    name = _within_range(requested("lora_linear_group", implementation), x, sites[0].a)
+    name = _within_range(requested("lora_linear_group", implementation, like="lora_linear"), x, sites[0].a)
     dtype = None if name == "peft" else _autocast_dtype(x)
     if name == "peft" or dtype is not None:  # site by site: casts are made in one place
         return [lora_linear(x, w, a, b, scaling, bias, implementation=name) for w, a, b, scaling, bias in sites]
@@ -187,12 +187,12 @@ def lora_linear_mixed(
         x: (..., K) fp16, bf16 or fp32 (on a CPU also fp64). w: (N, K) and bias: (N,), dtype of x.
         site: the adapters; those of the live slots have K columns in A and N rows in B.
         plan: of ``mixed_plan``, for as many rows as x has.
-        implementation: one of ``MIXED_IMPLEMENTATIONS``; None as in ``lora_linear``.
+        implementation: one of "lora_mixed"'s; None as in ``lora_linear``.
     Returns: (..., N) in x.dtype (the autocast dtype under autocast).
     Raises: ValueError on shapes that disagree or an unknown implementation; TypeError on dtypes that disagree or have
         no kernel; RuntimeError when x asks for a gradient, or the implementation cannot run on x's device.
     """
-    name = requested("lora_linear_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    name = requested("lora_linear_mixed", implementation, like="lora_mixed")
     dtype = _autocast_dtype(x)
     if dtype is not None:
         x, w, bias = x.to(dtype), w.to(dtype), None if bias is None else bias.to(dtype)
@@ -217,7 +217,7 @@ def lora_update_mixed(
     Returns: (..., N), a new tensor.
     Raises: as ``lora_linear_mixed``.
     """
-    name = requested("lora_update_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    name = requested("lora_update_mixed", implementation, like="lora_mixed")
     if base.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"lora_update_mixed: base and x must share their leading sizes, got {_sizes(base, x)}")
     x = x.to(_autocast_dtype(x) or x.dtype).reshape(-1, x.shape[-1])
@@ -243,7 +243,7 @@ def lora_embedding_mixed(
     Returns: (..., D) in base.dtype, a new tensor.
     Raises: as ``lora_linear_mixed``.
     """
-    name = requested("lora_embedding_mixed", implementation, MIXED_IMPLEMENTATIONS)
+    name = requested("lora_embedding_mixed", implementation, like="lora_mixed")
     if base.shape[:-1] != ids.shape:
         raise ValueError(f"lora_embedding_mixed: base (..., D) and ids (...) disagree, got {_sizes(base, ids)}")
     base2 = base.reshape(-1, base.shape[-1])

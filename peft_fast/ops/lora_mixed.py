@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import reference_mixed as reference
 from ._register import register
-from .choice import choose_mixed
+from .choice import choose
 
 _TABLES = (
     "Tensor addresses, Tensor ranks, Tensor scales, ScalarType dtype, int max_rank, int index, "
@@ -19,20 +19,25 @@ _TABLES = (
 )
 
 
+def _name(device: torch.device, dtype: torch.dtype, M: int, N: int, K: int, *rest: Any) -> str:
+    """rest: the tables, and what is asked for."""
+    return choose("lora_mixed", device, dtype, M, N, K, rest[4], implementation=rest[-1]).name
+
+
 def _linear_resolve(x: Tensor, w: Tensor, bias: Tensor | None, *rest: Any) -> str:
-    return choose_mixed(x.device, x.dtype, x.shape[0], w.shape[0], x.shape[1], rest[4], rest[-1]).name
+    return _name(x.device, x.dtype, x.shape[0], w.shape[0], x.shape[1], *rest)
 
 
 def _update_resolve(base: Tensor, x: Tensor, *rest: Any) -> str:
     # kernels add to the base in fp32
     dtype = base.dtype if base.dtype == torch.float64 else x.dtype
-    name = choose_mixed(x.device, dtype, x.shape[0], base.shape[1], x.shape[1], rest[4], rest[-1]).name
+    name = _name(x.device, dtype, x.shape[0], base.shape[1], x.shape[1], *rest)
     return name if name == "torch" else "grouped"
 
 
 def _embedding_resolve(base: Tensor, ids: Tensor, *rest: Any) -> str:
     M, N = base.shape
-    name = choose_mixed(base.device, base.dtype, M, N, 0, rest[4], rest[-1]).name
+    name = _name(base.device, base.dtype, M, N, 0, *rest)
     return name if name == "torch" else "grouped"
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference_prefix as reference
 from ._register import register
-from .choice import choose_prefix
+from .prefix_choice import choose_prefix
 
 # Behind the tensors that have a gradient; ``functional.prefix_attention`` explains them.
 _OPTIONS = (

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import reference_prefix as reference
-from .choice import PREFIX_IMPLEMENTATIONS, choose_prefix
+from .choice import requested
 from .prefix_attention import TRAINING, PrefixAttention, prefix_fwd
+from .prefix_choice import choose_prefix
 
 _prefix_attention: Any = PrefixAttention.apply
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -57,7 +58,7 @@ def prefix_attention(
         window: query i sees slot j of its prefix if lengths[b] + past + i - j < window. None: it sees them all.
         softcap: scores become softcap * tanh(scores / softcap) before mask and bias; 0: they stay.
         dropout_p: probability in [0, 1) that a weight of the softmax is dropped. seed: as in ``lora_linear``.
-        implementation: one of ``PREFIX_IMPLEMENTATIONS``; None means the environment variable PEFT_FAST_PREFIX.
+        implementation: "auto", "torch", "kernel" or "flash"; None means the environment variable PEFT_FAST_PREFIX.
     Returns: out (B, L, Hq, D) contiguous in q.dtype (the autocast dtype under autocast) and lse (B, Hq, L) fp32 (fp64
         for fp64), the log of the sum of the exponentials of a query's scores, without a gradient. A query that sees
         nothing: 0 and -inf.
@@ -72,8 +73,7 @@ def prefix_attention(
     max_length = _check_rows(q, prefix_k, starts, lengths, order, max_length)
     _check_added(q, k, mask, prefix_bias, sinks, max_length)
     _check_options(q, past, window, softcap, dropout_p, seed)
-    if implementation is not None and implementation not in PREFIX_IMPLEMENTATIONS:
-        raise ValueError(f"{_OP}: implementation must be one of {PREFIX_IMPLEMENTATIONS}, got {implementation!r}")
+    requested(_OP, implementation)  # raises on an unknown name
     q, k, v, prefix_k, prefix_v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v, prefix_k, prefix_v))
     args = (
         q, k, v, prefix_k, prefix_v, starts, lengths, order, max_length, mask, prefix_bias, sinks, past, seed,

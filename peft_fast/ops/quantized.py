@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .. import reference, reference_quant
 from ._register import register
-from .choice import choose_quantized
+from .choice import choose
 from .lora_linear import linear_bwd, linear_fwd
 
 
@@ -60,8 +60,15 @@ def library_is_right(packed: Tensor, blocksize: int, K: int, dtype: torch.dtype)
     return packed.device.type == "cuda" or (packed.is_cpu and K % blocksize == 0 and blocksize < 2048)
 
 
+def quantized_name(op: str, x: Tensor, N: int, K: int, R: int, implementation: str | None = None) -> str:
+    """The implementation of a product of x (M, K) with a quantized w (N, K); "auto": what the environment says."""
+    asked = None if implementation == "auto" else implementation
+    return choose(op, x.device, x.dtype, x.numel() // max(1, K), N, K, R, implementation=asked).name
+
+
 def _resolve(packed: Tensor, N: int, K: int, dtype: torch.dtype, implementation: str) -> str:
-    return choose_quantized("dequantize_4bit", packed.device, dtype, 1, N, K, 1, implementation).name
+    asked = None if implementation == "auto" else implementation
+    return choose("dequantize_4bit", packed.device, dtype, 1, N, K, 1, implementation=asked).name
 
 
 dequantize_4bit = register(
@@ -85,7 +92,7 @@ def _linear_int8(
 
 def _resolve_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, a: Tensor, *rest: Any) -> str:
     N, K = values.shape
-    return choose_quantized("lora_linear_int8", x.device, x.dtype, x.shape[0], N, K, a.shape[0], rest[-1]).name
+    return quantized_name("lora_linear_int8", x, N, K, a.shape[0], rest[-1])
 
 
 # Inference: activations are quantized too.

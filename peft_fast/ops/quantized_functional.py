@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from ..quant import FourBit, Int8
-from .choice import choose_quantized, requested
+from .choice import requested
 from .fourbit_linear import linear_4bit, linear_mixed_4bit
 from .functional import _check, _check_mixed, _peft_update, _within_range
 from .mixed_plan import MixedPlan, MixedSite
-from .quantized import LinearQuantized, LoraLinearQuantized, linear_int8
+from .quantized import LinearQuantized, LoraLinearQuantized, linear_int8, quantized_name
 
 _lora_linear_quantized: Any = LoraLinearQuantized.apply
 _linear_quantized: Any = LinearQuantized.apply
@@ -36,7 +36,7 @@ def lora_linear_quantized(
     Raises: as ``lora_linear``.
     Source: Dettmers et al. 2023, arXiv:2305.14314 (QLoRA).
     """
-    name = _within_range(requested("lora_linear_quantized", implementation), x, a)
+    name = _within_range(requested("lora_linear_quantized", implementation, like="lora_linear"), x, a)
     N, K = w.shape
     _check("lora_linear_quantized", x, a, b, N, dropout_p, seed)
     _check_weight("lora_linear_quantized", x, w, bias)
@@ -88,9 +88,9 @@ def lora_linear_int8(
 
 
 def has_kernel(op: str, x: Tensor, w: FourBit | Int8, R: int) -> bool:
-    """Whether a kernel is chosen, or forced, for ``op`` on x (..., K): see ``choice.choose_quantized``."""
+    """Whether a kernel is chosen, or forced, for ``op`` on x (..., K): see ``choice.choose``."""
     N, K = w.shape
-    return choose_quantized(op, x.device, x.dtype, x.numel() // K, N, K, R).name == "kernel"
+    return quantized_name(op, x, N, K, R) == "kernel"
 
 
 def linear_quantized(x: Tensor, w: FourBit | Int8, bias: Tensor | None = None) -> Tensor:

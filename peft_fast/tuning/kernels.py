@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
-from ..ops.choice import MIXED_ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_MR, ONE_LAUNCH_MAX_RANK
+from ..ops.operators import MIXED_ONE_LAUNCH_MAX_M, ONE_LAUNCH_MAX_MR, ONE_LAUNCH_MAX_RANK
 from . import lora, mixed, prefix, quant
 from .case import Case, Setting, Size
 from .shapes import Shapes, rank_bucket

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from .. import reference, reference_quant
 from ..ops import functional
-from ..ops.choice import (
-    IMPLEMENTATIONS,
-    MIXED_IMPLEMENTATIONS,
-    MIXED_ONE_LAUNCH_MAX_M,
-    ONE_LAUNCH_MAX_MR,
-    ONE_LAUNCH_MAX_RANK,
-)  # fmt: skip
 from ..ops.fourbit_linear import linear_4bit, linear_mixed_4bit
+from ..ops.operators import OPERATORS
 from ..ops.quantized import dequantize_4bit, linear_int8
 from ..quant import weight_of
 from .case import SCALING, Case, Setting, Size
@@ -30,14 +24,7 @@ from .shapes import Shapes, Site, rank_bucket
 
 DROPOUT, THRESHOLD = 0.05, 6.0
 # What a row may name.
-NAMES = {
-    "lora_linear": tuple(name for name in IMPLEMENTATIONS if name not in ("auto", "peft")),
-    "lora_mixed": tuple(name for name in MIXED_IMPLEMENTATIONS if name not in ("auto", "torch")),
-    "dequantize_4bit": ("torch", "kernel"),
-    "lora_linear_4bit": ("torch", "kernel"),
-    "lora_linear_mixed_4bit": ("torch", "kernel"),
-    "lora_linear_int8": ("torch", "kernel"),
-}
+NAMES = {op.name: op.measured for op in OPERATORS.values() if op.measured}
 
 
 @dataclass(frozen=True)
@@ -90,6 +77,12 @@ def _sizes(tokens: tuple[int, ...], sites: tuple[Site, ...]) -> list[tuple[Size,
     return [((M, N, K, R), low) for N, K, R in once for M, low in zip(tokens, before, strict=True)]
 
 
+def _names(op: str, safe: str, size: Size, without: str = "") -> tuple[str, ...]:
+    """The safe path, then what else a row may name and is for such sizes."""
+    known, (M, _, _, R) = OPERATORS[op], size
+    return (safe, *(it for it in known.measured if it not in (safe, without) and known[it].holds(M, R)))
+
+
 def _lowest(size: Size, smaller: int | None) -> Size:
     """The smallest M and rank that a row speaks for; ranks below 8 are not in use, those between 16 and 64 rare."""
     _, N, K, R = size
@@ -98,10 +91,7 @@ def _lowest(size: Size, smaller: int | None) -> Size:
 
 # ---------------------------------------------------------------------------------------------------------------- LoRA
 def _linear(size: Size, smaller: int | None, dropout: bool) -> Choice:
-    M, _, _, R = size
-    names: tuple[str, ...] = ("addmm", "split") if dropout else ("torch", "addmm", "split")
-    if M * R <= ONE_LAUNCH_MAX_MR and R <= ONE_LAUNCH_MAX_RANK:
-        names += ("one_launch",)
+    names = _names("lora_linear", "addmm" if dropout else "torch", size, without="torch" if dropout else "")
 
     def uses(on: Setting) -> list[Use]:
         low = _lowest(size, smaller)
@@ -114,7 +104,10 @@ def _linear(size: Size, smaller: int | None, dropout: bool) -> Choice:
             Use("forward without a graph", lambda name: _forward(on, size, name), False),
             Use("update of an opaque base", lambda name: _update(on, size, name), True),
         ]
-        return [*found, *([Use("training", lambda name: _training(on, size, 0.0, name), False)] if M >= 256 else [])]
+        return [
+            *found,
+            *([Use("training", lambda name: _training(on, size, 0.0, name), False)] if size[0] >= 256 else []),
+        ]
 
     return Choice("lora_linear", dropout, size, names, smaller, uses)
 
@@ -171,8 +164,7 @@ def _training(on: Setting, size: Size, p: float, name: str) -> Case:
 
 
 def _mixed(size: Size, smaller: int | None) -> Choice:
-    few = size[0] <= MIXED_ONE_LAUNCH_MAX_M and size[3] <= ONE_LAUNCH_MAX_RANK
-    names = ("grouped", "split", "one_launch") if few else ("grouped", "split")
+    names = _names("lora_mixed", "grouped", size)
 
     def uses(on: Setting) -> list[Use]:
         low = _lowest(size, smaller)

@@ -12,8 +12,9 @@ from csrc_triton.common import aot, tuning
 from csrc_triton.lora import grad as lora_grad, linear as lora_linear, shrink as lora_shrink
 from numerics import assert_as_accurate
 from peft_fast import reference
-from peft_fast.ops import choice, functional, lora_linear as op
+from peft_fast.ops import functional, lora_linear as op
 from peft_fast.ops.functional import LoraSite
+from peft_fast.ops.operators import ONE_LAUNCH_MAX_RANK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -403,7 +404,7 @@ class TestCandidates:
         kernels = [k for k in tuning.CANDIDATES if not k.startswith("prefix_") and k != "fourbit_decode"]
         for arch, itemsize, kernel in itertools.product(tuning.ARCHS, (2, 4), kernels):
             offered = list(tuning.candidates_for(kernel, arch, itemsize))
-            for M, R in itertools.product((1, 64, 1 << 20), (16, choice.ONE_LAUNCH_MAX_RANK)):
+            for M, R in itertools.product((1, 64, 1 << 20), (16, ONE_LAUNCH_MAX_RANK)):
                 assert any(M <= c.default_to and R <= c.max_rank for c in offered), (kernel, arch, itemsize, M, R)
 
     def test_a_measured_row_is_taken(self, monkeypatch):

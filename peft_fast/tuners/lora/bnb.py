@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...ops.choice import QUANT_VARIABLE
 from ...ops.functional import MixedPlan, MixedSite, _autocast_dtype, new_seed
+from ...ops.operators import QUANT_VARIABLE
 from ...ops.quantized_functional import (
     has_kernel,
     linear_quantized,
