@@ -9,6 +9,7 @@ from pathlib import Path
 
 import peft
 import pytest
+from absent_packages import ABSENT
 
 import peft_fast
 
@@ -21,18 +22,6 @@ AutoPeftModelForTokenClassification AutoPeftModelForCausalLM AutoPeftModelForSeq
 AutoPeftModelForFeatureExtraction inject_adapter_in_model get_peft_model_state_dict set_peft_model_state_dict
 load_peft_weights PEFT_TYPE_TO_CONFIG_MAPPING get_layer_status get_model_status
 """.split()
-
-# sys.meta_path as on a machine where the named packages were never installed: find_spec answers None, nothing raises
-ABSENT = """
-import sys
-class Without:
-    def __init__(self, finder): self.finder = finder
-    def __getattr__(self, name): return getattr(self.finder, name)
-    def find_spec(self, name, *args):
-        if name.partition(".")[0] in {names}: return None
-        return self.finder.find_spec(name, *args)
-sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
-"""
 
 
 def run_python(code: str, **environment: str) -> str:

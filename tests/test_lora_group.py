@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_lora_linear import make
+from lora_inputs import make
 from torch.nn import functional as F
 
 from numerics import assert_as_accurate

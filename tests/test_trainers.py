@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from absent_packages import ABSENT
 from run_scripts import SCRIPTS, python, same, script
-from test_import import ABSENT
 
 NO_PEFT = ABSENT.replace("{names}", repr({"peft"}))
 PREFIX_AND_QUANTIZED = """

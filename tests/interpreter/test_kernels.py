@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from test_lora_linear import gradients, keep_of, make, plain
+from lora_inputs import gradients, keep_of, make, plain
 from torch.nn import functional as F
 
 from csrc_triton import tables

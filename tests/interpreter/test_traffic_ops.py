@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lora_inputs import make
 from mixed_sites import Adapters
 from prefix_oracle import draw as draw_attention
 from test_fourbit import Quantized
-from test_lora_linear import make
 from test_traffic import BACKWARD, BF16, DEVICE, FP32, INT, MIXED, lora_op, memory_of, seed
 from traffic import COUNTED, Launch, counting
 from traffic_models import check
