@@ -20,8 +20,8 @@ from .subject import Call, Compared, Work
 def as_on_a_gpu() -> Iterator[None]:
     """Let peft_fast take the path of a GPU, by its own choice, for tensors that are on the CPU."""
     from csrc_triton import tables
-    from peft_fast import reference
     from peft_fast.ops import choice, functional
+    from peft_fast.reference import lora as reference
 
     gpu, choose = torch.device("cuda", 0), functional.choose
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 NAMES = ("base", "peft", "peft_fast")
 RANK = 16
-_PLANNED = (  # what of a configuration peft_fast.plan reads
+_PLANNED = (  # what of a configuration peft_fast.planning.plan reads
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
     *("num_key_value_heads", "vocab_size", "tie_word_embeddings", "attention_bias", "mlp_bias"),
 )
@@ -264,7 +264,7 @@ class LoraModel(ModelSubject):
 
 
 def planned(config: Any, name: str, workload: dict[str, Any], adapters: dict[str, Any]) -> dict[str, Any]:
-    """What peft_fast.plan predicts this model's time from, for the providers that it speaks for."""
+    """What peft_fast.planning.plan predicts this model's time from, for the providers that it speaks for."""
     if name not in ("base", "peft_fast"):
         return {}
     sizes = {key: value for key, value in config.to_dict().items() if key in _PLANNED}

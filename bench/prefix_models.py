@@ -226,7 +226,7 @@ class Prompt(Subject):
         """Keys and values of each layer: (rows, heads, slots, size), or (slots, heads, size) for all rows."""
         model = self.models[name.split()[0]]
         if name == "peft_fast":
-            from peft_fast.attention import prefix_layers
+            from peft_fast.prompts.attention import prefix_layers
 
             layer = prefix_layers([model.prompt_encoder["a0"]], [model.peft_config["a0"]], model.get_base_model())
             return [t for i in range(self.layers) for t in layer(i)]

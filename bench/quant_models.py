@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast import quant
+from peft_fast.quantized import weights as quant
 
 from .cases import QuantModelCase
 from .lora_models import (

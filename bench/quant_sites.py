@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from peft_fast import quant, reference_quant
+from peft_fast.quantized import weights as quant
+from peft_fast.reference import quantized as reference_quant
 
 from .cases import QuantSiteCase, QuantWeightCase
 from .lora_sites import DTYPES, SCALING, adapter_weights, by_formula

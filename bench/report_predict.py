@@ -1,4 +1,4 @@
-"""What peft_fast.plan predicts beside what was measured: is the model of costs to be believed?
+"""What peft_fast.planning.plan predicts beside what was measured: is the model of costs to be believed?
 
 A layer's time is predicted from its flops and bytes; a whole model's step from its configuration alone, as
 ``peft-fast plan`` does, called eagerly. The machine is the one measured: its ceilings, and the time of a tiny product
@@ -9,7 +9,7 @@ import dataclasses
 import statistics
 from typing import Any, NamedTuple
 
-from peft_fast import plan
+from peft_fast.planning import plan
 
 from .report_rows import Files, all_rows, time_in_words, words_of
 
@@ -82,7 +82,9 @@ def summary(found: list[Prediction]) -> list[tuple[str, ...]]:
 def lines(found: list[Prediction]) -> list[str]:
     """A table of all, then of the groups."""
     width = max((len(p.words) for p in found), default=0)
-    text = [f"{'predicted by peft_fast.plan':<{width}} {'':<10} {'predicted':>10} {'measured':>10} {'error':>6}  bound"]
+    text = [
+        f"{'predicted by peft_fast.planning.plan':<{width}} {'':<10} {'predicted':>10} {'measured':>10} {'error':>6}  bound"
+    ]
     text += [
         f"{p.words:<{width}} {p.provider:<10} {time_in_words(p.predicted):>10} {time_in_words(p.measured):>10} "
         f"{p.error:>+6.0%}  {p.bound}" for p in found

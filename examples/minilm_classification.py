@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, logging
 
 from peft_fast import LoraConfig, PeftModel, PeftModelForSequenceClassification, get_peft_model
-from peft_fast.cli.demo_data import package_docstrings, split
+from peft_fast.demo.data import package_docstrings, split
 
 PACKAGES = ("asyncio", "decimal", "email", "importlib", "logging", "unittest", "urllib", "xml")
 

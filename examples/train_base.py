@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peft_fast.cli import demo_data
+from peft_fast.demo import data as demo_data
 
 CONFIG = {
     "vocab_size": demo_data.VOCAB_SIZE,

@@ -12,7 +12,7 @@ from .config import PeftConfig
 from .mixed_model import PeftMixedModel
 from .peft_model import PeftModel
 from .peft_model.base import warn_if_in_prefix
-from .status import adapter_layers
+from .peft_model.status import adapter_layers
 from .tuners.tuners_utils import BaseTunerLayer
 from .utils.error import UnknownTaskError
 

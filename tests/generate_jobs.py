@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import peft_fast
-from peft_fast.cli import generate_batches
 from peft_fast.cli.main import main
+from peft_fast.generation import batches as generate_batches
 
 NAMES = ("de", "fr", "it")
 PREFIXES = {"long": 8, "short": 3}  # name -> virtual tokens

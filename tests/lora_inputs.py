@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from peft_fast import reference
+from peft_fast.reference import lora as reference
 
 
 def make(M, N, K, R, dtype, adapter_dtype=None, device="cpu"):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from peft_fast.ops.functional import MixedSite
-from peft_fast.reference_mixed import padded
+from peft_fast.reference.mixed import padded
 
 RANKS = (1, 4, 0, 64, 7, 16, 33, 8)
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from numerics import assert_as_accurate
-from peft_fast import reference
 from peft_fast.ops.functional import prefix_attention
+from peft_fast.reference import lora as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NAMES = ["out", "lse", "dq", "dk", "dv", "dprefix_k", "dprefix_v"]

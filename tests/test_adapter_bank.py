@@ -13,7 +13,7 @@ from mixed_models import BASE, ROWS, batch, logits, mixed_model, one_by_one, ran
 from torch import Tensor
 
 import peft_fast
-from peft_fast.routing import MixedBatch
+from peft_fast.routing.batch import MixedBatch
 
 NAMES = ["a", BASE, "c", "b", "a"]
 Q = {"target_modules": ["q_proj", "v_proj"]}

@@ -37,8 +37,8 @@ from bench.session import Session
 from bench.subject import Measured, TakesNoPart, measure_case
 from bench.subjects import SUBJECTS
 from peft_fast.cli import bench as bench_command
-from peft_fast.cli.errors import CommandError
 from peft_fast.cli.main import main as cli_main
+from peft_fast.jobs.errors import CommandError
 from peft_fast.tuning import clock
 
 ROOT = Path(__file__).parents[1]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_fast.cli import demo, demo_batch, demo_data, demo_report
-from peft_fast.cli.errors import CommandError
 from peft_fast.cli.main import main
+from peft_fast.demo import batch as demo_batch, data as demo_data, report as demo_report, run as demo
+from peft_fast.jobs.errors import CommandError
 
 NAMES = list(demo_data.NAMES)
 PREFIX = demo_data.CODE

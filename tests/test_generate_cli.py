@@ -9,8 +9,8 @@ import pytest
 import torch
 from generate_jobs import NAMES, Job, alone, save_bart, save_llama, save_t5, spy_on_batches, varied
 
-from peft_fast.cli import generate, generate_batches, generate_model
 from peft_fast.cli.main import main
+from peft_fast.generation import batches as generate_batches, model as generate_model, run as generate
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from generate_jobs import NAMES, PREFIXES, Job, Json, save_bart, save_llama, sav
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, GPT2Config, GPT2LMHeadModel
 
 import peft_fast
-from peft_fast.cli import generate, generate_batches
+from peft_fast.generation import batches as generate_batches, run as generate
 
 EVERY = (None, *NAMES, *PREFIXES)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from generate_jobs import Job, Json, save_llama, varied
 
-from peft_fast.cli import generate_settings
-from peft_fast.cli.generate_settings import Settings
 from peft_fast.cli.main import main
+from peft_fast.generation import settings as generate_settings
+from peft_fast.generation.settings import Settings
 
 GOOD: Json = {"input_ids": [5, 6], "adapter": "fr", "max_new_tokens": 2}
 WRONG: list[tuple[Json | str | bytes, str]] = [

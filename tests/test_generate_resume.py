@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 from generate_jobs import Job, Json, save_llama, spy_on_batches, varied
 
-from peft_fast.cli import generate, generate_batches, generate_model, generate_results
+from peft_fast.generation import (
+    batches as generate_batches,
+    model as generate_model,
+    results as generate_results,
+    run as generate,
+)
 
 
 @pytest.fixture(scope="module")

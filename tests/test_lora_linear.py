@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from numerics import assert_as_accurate
-from peft_fast import cpu, reference, reference_dropout, reference_mixed
 from peft_fast.ops import functional, lora_linear as op
+from peft_fast.reference import cpu, dropout as reference_dropout, lora as reference, mixed as reference_mixed
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

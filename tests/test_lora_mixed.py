@@ -7,8 +7,8 @@ from mixed_sites import RANKS, Adapters, embedding_update, in_double, mixes, upd
 from torch.nn import functional as F
 
 from numerics import assert_as_accurate
-from peft_fast import reference_mixed as reference
 from peft_fast.ops import functional, lora_mixed as op
+from peft_fast.reference import mixed as reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SIZES = [1, 3, 37, 130, 600]

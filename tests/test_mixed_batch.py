@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import peft_fast
 from numerics import assert_as_accurate
-from peft_fast.routing import current
+from peft_fast.routing.batch import current
 
 NAMES = ["a", BASE, "c", "b", "a"]
 IDS = ["-".join(case) for case in CASES]

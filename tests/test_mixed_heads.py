@@ -26,7 +26,7 @@ from mixed_models import (
 from torch import Tensor, nn
 
 import peft_fast
-from peft_fast.routing import MixedBatch
+from peft_fast.routing.batch import MixedBatch
 from peft_fast.utils.other import ModulesToSaveWrapper
 
 NAMES = ["a", BASE, "c", "b", "a"]

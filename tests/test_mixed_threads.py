@@ -15,7 +15,7 @@ from torch import Tensor
 
 import peft_fast
 from peft_fast.peft_model import files
-from peft_fast.routing import MixedBatch, current
+from peft_fast.routing.batch import MixedBatch, current
 
 NAMES = ["a", BASE, "c", "b", "a"]
 WAIT = 10.0  # seconds after which a thread hangs

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from peft_fast import plan as planner
 from peft_fast.cli.main import main
-from peft_fast.plan import (
+from peft_fast.planning import plan as planner
+from peft_fast.planning.plan import (
     GPUS,
     SITES,
     TARGETS,

@@ -24,9 +24,9 @@ from prefix_oracle import (
 from torch import Tensor
 
 from numerics import assert_as_accurate
-from peft_fast import reference_prefix
-from peft_fast.attention import interface
 from peft_fast.ops.functional import prefix_attention
+from peft_fast.prompts.attention import interface
+from peft_fast.reference import prefix as reference_prefix
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

@@ -21,10 +21,10 @@ from prefix_oracle import (
 )
 
 from numerics import assert_as_accurate
-from peft_fast import reference_prefix as reference, reference_prefix_calls as calls
-from peft_fast.attention.prefix import Prefix, Rows
 from peft_fast.ops import choice, functional, prefix_attention as op, prefix_choice
 from peft_fast.ops.functional import prefix_attention
+from peft_fast.prompts.attention.prefix import Prefix, Rows
+from peft_fast.reference import prefix as reference, prefix_calls as calls
 
 GPU = torch.device("cuda", 0)
 

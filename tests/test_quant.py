@@ -13,9 +13,10 @@ from bitsandbytes import functional as bnb
 from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from torch import Tensor
 
-from peft_fast import quant, reference_quant
 from peft_fast.ops.choice import choose
 from peft_fast.ops.quantized_functional import linear_quantized, lora_linear_quantized
+from peft_fast.quantized import weights as quant
+from peft_fast.reference import quantized as reference_quant
 
 SHAPES = [(64, 128), (48, 96), (33, 70), (17, 5), (256, 512)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -218,7 +219,7 @@ def test_products_and_gradients(make, dtype: torch.dtype, p: float) -> None:
         xs, as_, bs, cs = (t.detach().to(kind).requires_grad_() for t in (x, a, b, bias))
         kept = xs
         if p:
-            from peft_fast.reference import dropout_bits, unpack_bits
+            from peft_fast.reference.lora import dropout_bits, unpack_bits
 
             mask = unpack_bits(dropout_bits(seed, 21, 128, p), 128, torch.float32) != 0
             kept = xs * mask.view(3, 7, 128) / (1 - p)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import peft_fast
-from peft_fast import quant
+from peft_fast.quantized import weights as quant
 from peft_fast.tuners.lora.bnb import Linear4bit, Linear8bitLt
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from peft_fast.cli.main import main
-from peft_fast.cli.train_fit import sees_what_follows
+from peft_fast.training.fit import sees_what_follows
 
 SIZES = {
     "vocab_size": 256,

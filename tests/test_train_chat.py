@@ -9,8 +9,8 @@ import pytest
 from train_jobs import Job, mean_loss, save_llama
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from peft_fast.cli import train_model
-from peft_fast.cli.train_chat import tokens_and_learned
+from peft_fast.training import model as train_model
+from peft_fast.training.chat import tokens_and_learned
 
 TURN = "<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
 ASK = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -10,7 +10,7 @@ from train_jobs import LABELS, PAIRS, TEXTS, Job, labelled, mean_loss, pairs, sa
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer, LlamaForCausalLM
 
 import peft_fast
-from peft_fast.cli import train_loop, train_model
+from peft_fast.training import loop as train_loop, model as train_model
 
 ALL = ("--eval-split", "0", "--lora-dropout", "0", "--r", "4")
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from train_jobs import TEXTS, Job, labelled, pairs, save_bert, save_llama, save_t5, texts
 
-from peft_fast.cli import train_model
-from peft_fast.cli.errors import CommandError
-from peft_fast.cli.generate_model import ByteCodec
 from peft_fast.cli.main import main
-from peft_fast.cli.train_data import check
-from peft_fast.cli.train_rows import ByteText, Collator, Rows, TokenizerText, split
+from peft_fast.generation.model import ByteCodec
+from peft_fast.jobs.errors import CommandError
+from peft_fast.training import model as train_model
+from peft_fast.training.data import check
+from peft_fast.training.rows import ByteText, Collator, Rows, TokenizerText, split
 
 
 @pytest.fixture(scope="module")

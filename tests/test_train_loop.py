@@ -70,7 +70,7 @@ def test_early_stopping_is_gone_on_with(job: Job, tmp_path: Path, monkeypatch: p
             after_rows(rows, patched, signal.SIGINT)
             assert again.run(*more) == 130
     with monkeypatch.context() as patched:
-        patched.setattr("peft_fast.cli.train_report.results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("peft_fast.training.report.results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert again.run(*more) == 130
     assert again.run(*more) == 0
     assert again.results()["losses"] == found["losses"] and again.results()["best_step"] == found["best_step"]

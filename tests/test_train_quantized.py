@@ -9,7 +9,7 @@ import torch
 from train_jobs import TEXTS, Job, mean_loss, save_llama, texts
 from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-from peft_fast.cli import train_loop
+from peft_fast.training import loop as train_loop
 
 pytest.importorskip("bitsandbytes")
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ import pytest
 from train_jobs import Job, labelled, save_llama, texts
 
 from peft_fast import LoraConfig
-from peft_fast.cli import train_out, train_rows
+from peft_fast.training import out as train_out, rows as train_rows
 
 MORE = ("--epochs", "4", "--batch-size", "3", "--lr", "0.02", "--r", "4", "--lora-dropout", "0.3", "--save-steps", "3")
 
@@ -132,7 +132,7 @@ def test_killed_before_the_adapter_is_saved(job: Job, monkeypatch: pytest.Monkey
     """All steps are done, in the middle of an epoch: none is made again, and none more."""
     more = (*MORE[2:], "--max-steps", "11")
     with monkeypatch.context() as patched:
-        patched.setattr("peft_fast.cli.train_report.results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("peft_fast.training.report.results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert job.run(*more) == 130
     assert job.run(*more) == 0
     assert job.results()["steps_before"] == job.results()["steps"] == len(job.losses()) == 11

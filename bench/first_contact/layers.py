@@ -63,7 +63,7 @@ def lora_rows(case: OpCase, here: Here) -> Iterator[Row]:
 def dropout_rows(case: OpCase, here: Here) -> Iterator[Row]:
     """Masks bit by bit as plain torch draws them, y and the gradients with them as fp64 has it; of every kernel."""
     from peft_fast.ops.lora_linear import linear_bwd, linear_fwd
-    from peft_fast.reference_dropout import dropout_bits, unpack_bits
+    from peft_fast.reference.dropout import dropout_bits, unpack_bits
 
     from .. import measure
     from .here import poisoned

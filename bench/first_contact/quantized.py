@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peft_fast import quant, reference_quant
+from peft_fast.quantized import weights as quant
+from peft_fast.reference import quantized as reference_quant
 
 from ..cases import quantized_bytes
 from ..lora_sites import SCALING, by_formula

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import peft_fast
 
-from .errors import CommandError
+from ..jobs.errors import CommandError
 
 SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "host", "all")
 DESCRIPTION = """Measure this machine: what each operator and model costs with peft_fast, beside the base without an

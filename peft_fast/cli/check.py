@@ -12,7 +12,7 @@ from ..checkpoint import (
     open_weights,
     read_config,
 )
-from .errors import CommandError
+from ..jobs.errors import CommandError
 
 
 def report(adapter: Path, base: str | None = None) -> str:

@@ -33,9 +33,9 @@ def report_of_model(args: argparse.Namespace) -> str:
     """What would run for the layers of --model, and why; its weights are not read."""
     import torch
 
+    from ..jobs.device import pick_device
     from ..tuning.explain import explain
     from . import model_options
-    from .device import pick_device
 
     device = pick_device(args.device)
     model = model_options.load(args, torch.device("meta"))
@@ -75,7 +75,7 @@ def _versions() -> list[str]:
 def _devices() -> list[str]:
     import torch
 
-    from .. import cpu
+    from ..reference import cpu
 
     lines = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads; {cpu.describe()}"]
     for i in range(torch.cuda.device_count()):
@@ -90,7 +90,7 @@ def _devices() -> list[str]:
 def _folders() -> list[str]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from .demo import BASE
+    from ..demo.run import BASE
 
     return [f"models and adapters from the hub: {HF_HUB_CACHE}", f"base model of the demo: {BASE}", *_tables()]
 

@@ -12,8 +12,9 @@ from typing import Any, NoReturn
 
 from peft_fast import __version__
 
-from . import bench as bench_command, model_options, plan as plan_command, train_options, tune as tune_command
-from .errors import CommandError, UsageError
+from ..jobs.errors import CommandError, UsageError
+from ..training import options as train_options
+from . import bench as bench_command, model_options, plan as plan_command, tune as tune_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -228,7 +229,7 @@ def _add_run(commands: "argparse._SubParsersAction[OneLineParser]") -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from . import demo
+    from ..demo import run as demo
 
     steps = args.steps or (12 if args.quick else 40)
     return demo.run(demo.Settings(args.out, steps, args.seed, args.device, args.quick), fresh=args.fresh)
@@ -251,14 +252,14 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from . import generate
+    from ..generation import run as generate
 
     return generate.run(generate.Options(**{name: getattr(args, name) for name in generate.Options._fields}))
 
 
 def _train(args: argparse.Namespace) -> int:
     options = train_options.from_arguments(args)
-    from . import train
+    from ..training import run as train
 
     return train.run(options)
 

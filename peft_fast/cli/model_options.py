@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CommandError, UsageError
-from .train_options import QUANTIZE
+from ..jobs.errors import CommandError, UsageError
+from ..training.options import QUANTIZE
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def _quantization(args: argparse.Namespace, config: Any, dtype: "torch.dtype") -
     """transformers' configuration of how bitsandbytes quantizes the base: that of its file, or --quantize; or None."""
     from transformers import BitsAndBytesConfig
 
-    from .train_model import quantization
+    from ..training.model import quantization
 
     own = getattr(config, "quantization_config", None)
     if own is not None and args.quantize != "none":

@@ -6,9 +6,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..plan import DTYPE_BYTES, GPUS, LORA_LAUNCHES, SITES, TARGETS, USABLE, WEIGHT_BYTES, Model, Plan, Workload, plan
-from .errors import CommandError, UsageError
-from .train_options import whole
+from ..jobs.errors import CommandError, UsageError
+from ..planning.plan import (
+    DTYPE_BYTES,
+    GPUS,
+    LORA_LAUNCHES,
+    SITES,
+    TARGETS,
+    USABLE,
+    WEIGHT_BYTES,
+    Model,
+    Plan,
+    Workload,
+    plan,
+)
+from ..training.options import whole
 
 ASSUMPTIONS = (
     "not measured; assumed: 0.8 of data sheet flops, 0.9 of bandwidths, 2 us a launch (eager 8), 10 an all-reduce"

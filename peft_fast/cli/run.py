@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import peft_fast
 
-from .errors import UsageError
+from ..jobs.errors import UsageError
 
 
 def run(target: str, arguments: Sequence[str], is_module: bool) -> int:

@@ -2,8 +2,8 @@
 
 import argparse
 
+from ..jobs.errors import CommandError
 from . import model_options
-from .errors import CommandError
 
 DESCRIPTION = """Measure on this GPU, for the sizes of one model's layers, which configuration and implementation is
 fastest, on the model's own weights. Every result is compared with fp64 before it is timed. The rows go to
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, or 1 if a result was wrong."""
     import torch
 
+    from ..jobs.device import pick_device
     from ..tuning import tune
-    from .device import pick_device
 
     device = pick_device(args.device)
     compute = not args.dry and device.type == "cuda"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import reference, reference_mixed
+from ..reference import lora as reference, mixed as reference_mixed
 from ._register import register
 from .choice import choose
 from .lora_mixed import _TABLES

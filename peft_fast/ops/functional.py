@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import reference
+from ..reference import lora as reference
 from .choice import choose, requested
 from .lora_group import LoraLinearGroup, group_fwd
 from .lora_linear import LoraLinear, LoraUpdate, linear_fwd, update_fwd

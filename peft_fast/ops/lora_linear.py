@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference
+from ..reference import lora as reference
 from ._register import register
 from .choice import choose
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference_mixed as reference
+from ..reference import mixed as reference
 from ._register import register
 from .choice import choose
 

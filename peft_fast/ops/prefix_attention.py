@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference_prefix as reference
+from ..reference import prefix as reference
 from ._register import register
 from .prefix_choice import choose_prefix
 

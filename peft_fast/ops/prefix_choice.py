@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..reference_prefix_calls import flash_fails
+from ..reference.prefix_calls import flash_fails
 from .choice import Choice, check_kernel, forced, gpu_name, kernels_lack, requested, triton_failure
 from .operators import OPERATORS
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference_prefix as reference
+from ..reference import prefix as reference
 from .choice import requested
 from .prefix_attention import TRAINING, PrefixAttention, prefix_fwd
 from .prefix_choice import choose_prefix

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .. import reference, reference_quant
+from ..reference import lora as reference, quantized as reference_quant
 from ._register import register
 from .choice import choose
 from .lora_linear import linear_bwd, linear_fwd

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quant import FourBit, Int8
+from ..quantized.weights import FourBit, Int8
 from .choice import requested
 from .fourbit_linear import linear_4bit, linear_mixed_4bit
 from .functional import _check, _check_mixed, _peft_update, _within_range

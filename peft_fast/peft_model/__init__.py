@@ -1,7 +1,7 @@
 """PeftModel and its task classes: PEFT's module of that name."""
 
-from ..status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .base import PeftModel
+from .status import TunerLayerStatus, TunerModelStatus, get_layer_status, get_model_status
 from .tasks import (
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,

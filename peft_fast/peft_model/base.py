@@ -12,13 +12,18 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from ..adapter_bank import AdapterBank
 from ..checkpoint import check_adapter_name
 from ..config import PeftConfig
 from ..mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from ..prompt_call import use_prompt
-from ..quant import restore_all
-from ..status import (
+from ..prompts.call import use_prompt
+from ..quantized.weights import restore_all
+from ..routing.bank import AdapterBank
+from ..utils.other import _set_adapter, as_names
+from ..utils.peft_types import PeftType
+from .checkpointing import checkpoints_activations, make_inputs_require_grad
+from .files import AdapterFiles
+from .prompt import SWITCHING, PromptLearning
+from .status import (
     TunerLayerStatus,
     TunerModelStatus,
     adapters_enabled,
@@ -26,11 +31,6 @@ from ..status import (
     get_layer_status,
     get_model_status,
 )
-from ..utils.other import _set_adapter, as_names
-from ..utils.peft_types import PeftType
-from .checkpointing import checkpoints_activations, make_inputs_require_grad
-from .files import AdapterFiles
-from .prompt import SWITCHING, PromptLearning
 
 __all__ = ["PeftModel", "warn_if_in_prefix"]
 

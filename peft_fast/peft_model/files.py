@@ -16,7 +16,6 @@ from torch import nn
 from ..checkpoint import adapter_directory, check_adapter_name, check_finite, find_adapter, save_adapter
 from ..checkpoint.atomic import replace_files
 from ..config import PeftConfig, PushToHubMixin
-from ..model_card import CARD_NAME, model_card
 from ..tuners._adapters import set_eval
 from ..tuners._injection import Snapshot
 from ..utils._survey import survey_adapter
@@ -28,6 +27,7 @@ from ..utils.save_and_load import (
     load_adapter_weights,
     set_peft_model_state_dict,
 )
+from .model_card import CARD_NAME, model_card
 from .saved_prompt import fitting
 
 if TYPE_CHECKING:

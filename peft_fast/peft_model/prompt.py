@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..attention import (
+from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from ..prompts.attention import (
     DoesNotFit,
     PrefixCall,
     check_positions,
@@ -21,10 +22,9 @@ from ..attention import (
     install,
     prefix_layers,
 )
-from ..mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from ..prompt_call import PromptCall, acquire, current_prompt, use_prompt
-from ..routing import BASE, MixedBatch, check_names, number_of_rows, use, wrong_length
-from ..soft_prompts import SoftPromptCall, before_the_encoder
+from ..prompts.call import PromptCall, acquire, current_prompt, use_prompt
+from ..prompts.soft_prompts import SoftPromptCall, before_the_encoder
+from ..routing.batch import BASE, MixedBatch, check_names, number_of_rows, use, wrong_length
 from ..utils.other import (
     AuxiliaryTrainingWrapper,
     _prepare_prompt_learning_config,

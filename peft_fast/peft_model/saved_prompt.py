@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..attention import DoesNotFit
+from ..prompts.attention import DoesNotFit
 from ..utils.other import _prepare_prompt_learning_config
 
 __all__ = ["fitting"]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention.interface import give_back
+from ..prompts.attention.interface import give_back
 from ..utils.constants import DUMMY_MODEL_CONFIG, EMBEDDING_LAYER_NAMES
 from ..utils.error import NoMatchingPeftModuleError
 from ..utils.other import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import quant
+from ..quantized import weights as quant
 from ..tuners.lora.base import is_transformers_conv1d
 from ..tuners.lora.layer import Linear
 from ..utils import PeftType

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference, reference_quant
 from ..ops import functional
 from ..ops.fourbit_linear import linear_4bit, linear_mixed_4bit
 from ..ops.operators import OPERATORS
 from ..ops.quantized import dequantize_4bit, linear_int8
-from ..quant import weight_of
+from ..quantized.weights import weight_of
+from ..reference import lora as reference, quantized as reference_quant
 from .case import SCALING, Case, Setting, Size
 from .mixed import ADAPTERS, Mix, draw_mix
 from .shapes import Shapes, Site, rank_bucket

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference_prefix
+from ..reference import prefix as reference_prefix
 from .case import Case, Setting, Size
 
 _PREFIX, _DECODED_KEYS, _DECODED_ROWS = 128, 1024, 32

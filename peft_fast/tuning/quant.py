@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import reference_quant
+from ..reference import quantized as reference_quant
 from .case import SCALING, Case, Setting, Size
 from .mixed import Mix, draw_mix
 

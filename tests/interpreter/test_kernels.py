@@ -11,10 +11,10 @@ from csrc_triton import tables
 from csrc_triton.common import aot, tuning
 from csrc_triton.lora import grad as lora_grad, linear as lora_linear, shrink as lora_shrink
 from numerics import assert_as_accurate
-from peft_fast import reference
 from peft_fast.ops import functional, lora_linear as op
 from peft_fast.ops.functional import LoraSite
 from peft_fast.ops.operators import ONE_LAUNCH_MAX_RANK
+from peft_fast.reference import lora as reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

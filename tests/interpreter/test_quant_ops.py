@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import peft_fast
-from peft_fast import quant
 from peft_fast.ops import quantized_functional
 from peft_fast.ops.functional import MixedSite, mixed_plan
 from peft_fast.ops.quantized_functional import (
@@ -14,6 +13,7 @@ from peft_fast.ops.quantized_functional import (
     lora_linear_mixed_4bit,
     lora_linear_quantized,
 )
+from peft_fast.quantized import weights as quant
 
 
 @pytest.fixture(params=["nf4", "nf4-dq", "fp4"])

@@ -18,8 +18,8 @@ from traffic import COUNTED, Launch, counting
 from traffic_models import check
 
 from bench.cases import MixedOpCase, OpCase, PrefixSiteCase, QuantSiteCase, QuantWeightCase
-from peft_fast import quant
 from peft_fast.ops import functional, quantized_functional
+from peft_fast.quantized import weights as quant
 
 
 def moved(launches: list[Launch]) -> int:

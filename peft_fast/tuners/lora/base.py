@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...adapter_watch import Scalings
-from ...routing import MixedBatch, current, wrong_length
+from ...routing.batch import MixedBatch, current, wrong_length
+from ...routing.watch import Scalings
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
 

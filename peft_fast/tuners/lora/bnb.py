@@ -22,7 +22,7 @@ from ...ops.quantized_functional import (
     lora_linear_mixed_4bit,
     lora_linear_quantized,
 )
-from ...quant import four_bit_of, int8_of, kind_of, pack_for_cpu, packs_for_cpu, read, weight_of, write
+from ...quantized.weights import four_bit_of, int8_of, kind_of, pack_for_cpu, packs_for_cpu, read, weight_of, write
 from .._base_layer import BaseTunerLayer
 from .layer import _TENSORS, Linear, _Adapter, _is_plain
 

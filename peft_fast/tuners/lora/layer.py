@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from ...ops.functional import MixedPlan, MixedSite, lora_linear, lora_update, new_seed
-from ...routing import current
+from ...routing.batch import current
 from .._base_layer import BaseTunerLayer
 from . import mixed
 from .base import LoraLayer, is_transformers_conv1d

@@ -18,8 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
 from ...ops.functional import lora_embedding_mixed, lora_linear_mixed, lora_update_mixed
-from ...reference_mixed import add_few, as_array, few_rows, lora_mixed
-from ...routing import MixedBatch
+from ...reference.mixed import add_few, as_array, few_rows, lora_mixed
+from ...routing.batch import MixedBatch
 
 if TYPE_CHECKING:
     from .layer import Embedding, Linear

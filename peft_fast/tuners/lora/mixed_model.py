@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...adapter_bank import AdapterBank
-from ...routing import MixedBatch, check_names, current, number_of_rows, sequence_lengths, use, wrong_length
+from ...routing.bank import AdapterBank
+from ...routing.batch import MixedBatch, check_names, current, number_of_rows, sequence_lengths, use, wrong_length
 from ...utils.other import as_names
 from .._adapters import tuner_layers
 from .base import LoraLayer, check_not_merged
