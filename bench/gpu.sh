@@ -21,7 +21,7 @@ for step in "$@"; do
     echo "== $step"
     case $step in
         check) # the kernels' own tests on the device, before anything is timed; without one all of it is skipped
-            timeout 590 "$python" -m pytest tests/interpreter tests/test_mixed_gpu.py -n 8 -q 2>&1 | tee "$out/check.log" || status=1 ;;
+            timeout 590 "$python" -m pytest tests/interpreter tests/routing/test_mixed_gpu.py -n 8 -q 2>&1 | tee "$out/check.log" || status=1 ;;
         tune-*) # goes on where it stopped: repeat it until it says that nothing is left
             dry=(); [ -z "${DRY:-}" ] || { dry=(--dry); tables="$out/tables"; }
             timeout 590 "$python" -m bench tune --only "${step#tune-}" --seconds 540 --tables "$tables" "${dry[@]}" || status=1

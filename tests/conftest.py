@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Start with the interpreter's tests, the longest, so that a worker is not left alone with them at the end. Skip
     `gpu` tests where torch sees no GPU; -ra shows each with its reason.
     """
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/test_interpreter.py"))
+    items.sort(key=lambda item: not item.nodeid.startswith("tests/kernels/test_interpreter.py"))
     if torch.cuda.is_available():
         return
     no_gpu = pytest.mark.skip(reason="needs a GPU, and torch sees none")

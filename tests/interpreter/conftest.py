@@ -1,7 +1,7 @@
 """Set-up of the kernels' own test process: ``python -m pytest tests/interpreter``.
 
 Without a GPU the real kernels run in Triton's interpreter. It is switched on for a whole process, in which CPU tensors
-can take kernels, so these tests are kept out of every other run (pyproject: norecursedirs); tests/test_interpreter.py
+can take kernels, so these tests are kept out of every other run (pyproject: norecursedirs); tests/kernels/test_interpreter.py
 starts them. On a machine with a GPU the same tests run on it.
 """
 

@@ -41,7 +41,7 @@ from peft_fast.cli.main import main as cli_main
 from peft_fast.jobs.errors import CommandError
 from peft_fast.tuning import clock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 CASE = cases.OpCase("o", 48, 40, 8, 4, "train", "bf16", "fp32", 0.1)
 

@@ -28,7 +28,7 @@ from peft_fast.planning.plan import (
     step,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def config(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int = 8, **more: Any) -> dict[str, Any]:

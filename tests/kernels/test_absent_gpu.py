@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton")
 from absent_driver import run
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 FAMILIES = ("lora", "mixed", "prefix", "quantized")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 # Top to bottom. A name stands for the module and everything in it; the longest match counts.
 LAYERS = (
@@ -42,7 +42,7 @@ def level(module: str) -> int:
     for end in range(len(parts), 0, -1):
         if ".".join(parts[:end]) in LEVEL:
             return LEVEL[".".join(parts[:end])]
-    raise KeyError(f"{module} has no layer: give it one in tests/test_layering.py and docs/layout.md")
+    raise KeyError(f"{module} has no layer: give it one in tests/house/test_layering.py and docs/layout.md")
 
 
 def imports(module: str, is_package: bool, source: str, modules: set[str]) -> list[tuple[str, bool]]:
@@ -107,7 +107,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path) for path in python_files()}
 
 
-# the package itself re-exports from every layer, lazily: tests/test_import.py
+# the package itself re-exports from every layer, lazily: tests/peft_model/test_import.py
 @pytest.mark.parametrize("path", [path for path in python_files() if module_name(path) != "peft_fast"], ids=module_name)
 def test_imports_point_down(path: Path) -> None:
     assert violations(module_name(path), path.name == "__init__.py", path.read_text(encoding="utf-8"), MODULES) == []

@@ -26,7 +26,7 @@ from peft_fast.tuning.case import Case, Setting
 from peft_fast.tuning.kernels import Job
 from peft_fast.tuning.table import Provenance
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 VERSION = work.triton_version()
 GPU = torch.device("cuda", 0)
 SIZES = [(1, 32, 48, 16), (16, 32, 48, 16), (64, 32, 48, 16)]

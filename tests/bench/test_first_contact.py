@@ -23,7 +23,7 @@ from bench.first_contact.runner import COLUMNS, Document, Phase, Runner
 from bench.subject import Subject
 from csrc_triton.tables import Sizes, nearest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # ---------------------------------------------------------------------------------------------------- the whole of it

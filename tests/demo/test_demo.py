@@ -242,7 +242,7 @@ def test_text_is_split_by_docstring() -> None:
 def test_base_model_is_what_its_script_makes() -> None:
     config = json.loads((demo.BASE / "config.json").read_text(encoding="utf-8"))
     scope: dict[str, object] = {"__name__": "train_base"}
-    script = Path(__file__).resolve().parent.parent / "examples" / "train_base.py"
+    script = Path(__file__).resolve().parents[2] / "examples" / "train_base.py"
     exec(compile(script.read_text(encoding="utf-8"), str(script), "exec"), scope)
     assert {name: config[name] for name in scope["CONFIG"]} == scope["CONFIG"]
 
@@ -251,7 +251,7 @@ def test_examples_of_the_readme(
     copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """All of its Python, one block after the other, where the demo has run; what they do not define is made up here."""
-    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
     assert len(blocks) == 4
     monkeypatch.chdir(copy.parent)
