@@ -3,8 +3,10 @@
 import argparse
 import sys
 
-from . import aot, report, run, tune
+from . import run, tune
+from .aot import command as aot
 from .first_contact import command as first_contact, tables
+from .report import command as report
 
 COMMANDS = {
     "aot": (aot, "compile every kernel for GPUs that need not be here; fail on spills and the like"),

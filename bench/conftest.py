@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from . import suites
+from .cases import suites
 from .session import Session
-from .subjects import SUBJECTS
+from .subjects.registry import SUBJECTS
 
 _SESSION = pytest.StashKey[Session]()
 

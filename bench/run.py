@@ -8,8 +8,8 @@ from pathlib import Path
 
 from peft_fast.cli import bench as command
 
-from . import report
-from .suites import GPU_STEPS, SUITES
+from .cases.suites import GPU_STEPS, SUITES
+from .report import command as report
 
 HERE = Path(__file__).parent
 _CHOICES = ("PEFT_FAST_LORA", "PEFT_FAST_PREFIX", "PEFT_FAST_QUANT")

@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from . import measure, suites
-from .subject import Measured, measure_case
-from .subjects import SUBJECTS
+from . import measure
+from .cases import suites
+from .subjects.registry import SUBJECTS
+from .subjects.subject import Measured, measure_case
 
 T = TypeVar("T")
 _PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes")

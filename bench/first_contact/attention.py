@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import prefix_sites
-from ..cases import PrefixSiteCase
-from ..prefix_sites import PrefixTensors
-from ..subject import Call, Compared, TakesNoPart
+from ..cases.kinds import PrefixSiteCase
+from ..subjects import prefix_sites
+from ..subjects.prefix_sites import PrefixTensors
+from ..subjects.subject import Call, Compared, TakesNoPart
 from .here import Here, Row, configs, configured, measure_subject
 from .layers import torch_name
 

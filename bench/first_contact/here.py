@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import measure
-from ..subject import Call, Subject, TakesNoPart
+from ..subjects.subject import Call, Subject, TakesNoPart
 
 Row = dict[str, Any]
 _POISON = 127  # of integers; floats are NaN

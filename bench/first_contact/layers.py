@@ -10,10 +10,10 @@ from torch import Tensor
 
 from peft_fast.ops.operators import MIXED_ONE_LAUNCH_MAX_M
 
-from .. import lora_sites, mixed_sites
-from ..cases import MixedOpCase, OpCase
-from ..lora_sites import DTYPES, SCALING
-from ..subject import Call, Compared, TakesNoPart
+from ..cases.kinds import MixedOpCase, OpCase
+from ..subjects import lora_sites, mixed_sites
+from ..subjects.lora_sites import DTYPES, SCALING
+from ..subjects.subject import Call, Compared, TakesNoPart
 from .here import Here, Row, configs, configured, measure_subject
 
 SITES = {"q": (4096, 4096), "k": (4096, 1024), "up": (4096, 14336), "down": (14336, 4096)}  # K, N of Llama-3-8B

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from .. import lora_sites, measure
-from ..cases import OpCase
+from .. import measure
+from ..cases.kinds import OpCase
+from ..subjects import lora_sites
 from .here import Here, Row, in_short, in_us
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import measure
-from ..lora_models import llama_8b, lora_sites_of
-from ..lora_sites import SCALING
-from ..manage_cases import copy_adapter
-from ..mixed_decode import static_step
-from ..subject import Call
+from ..subjects.lora_models import llama_8b, lora_sites_of
+from ..subjects.lora_sites import SCALING
+from ..subjects.manage_cases import copy_adapter
+from ..subjects.mixed_decode import static_step
+from ..subjects.subject import Call
 from .here import Here, Row, in_short, in_us
 
 RANK = 16

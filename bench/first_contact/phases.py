@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from ..cases import MixedOpCase, OpCase, PrefixSiteCase
+from ..cases.kinds import MixedOpCase, OpCase, PrefixSiteCase
 from . import attention, layers, machine, models, quantized, races, second
 from .here import Here, Row
 from .quantized import QuantCase

@@ -11,9 +11,9 @@ from torch.nn import functional as F
 from peft_fast.quantized import weights as quant
 from peft_fast.reference import quantized as reference_quant
 
-from ..cases import quantized_bytes
-from ..lora_sites import SCALING, by_formula
-from ..subject import Call, Compared, Subject, Work
+from ..cases.kinds import quantized_bytes
+from ..subjects.lora_sites import SCALING, by_formula
+from ..subjects.subject import Call, Compared, Subject, Work
 from .here import Here, Row, configs, configured, measure_subject
 
 _NF4 = [

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import measure, mixed_sites
-from ..cases import MixedOpCase
+from .. import measure
+from ..cases.kinds import MixedOpCase
+from ..subjects import mixed_sites
 from .here import Here, Row, in_short, poisoned
 from .quantized import four_bit, plain
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..cases import OpCase, PrefixSiteCase
+from ..cases.kinds import OpCase, PrefixSiteCase
 from . import attention, layers, machine, quantized
 from .here import Here, Row
 

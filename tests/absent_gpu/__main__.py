@@ -88,7 +88,7 @@ class _Rows:
     def key(self, kernel: Any, signature: Any, constexprs: Any, options: Any, attributes: Any) -> str:
         import triton
 
-        from bench.aot_measure import source_hash
+        from bench.aot.measure import source_hash
 
         constants = {str(k): source_hash(v) if hasattr(v, "src") else repr(v) for k, v in constexprs.items()}
         settings = (options.num_warps, options.num_stages, options.enable_fp_fusion)

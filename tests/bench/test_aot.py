@@ -18,9 +18,9 @@ pytest.importorskip("triton", reason="the check compiles with triton")
 import triton
 import triton.language as tl
 
-from bench import aot
 from bench.__main__ import main
-from bench.aot_measure import source_hash
+from bench.aot import command as aot
+from bench.aot.measure import source_hash
 
 
 @triton.jit

@@ -16,26 +16,15 @@ import pytest
 import torch
 from torch import nn
 
-from bench import (
-    cases,
-    host_layer,
-    lora_models,
-    lora_sites,
-    manage_cases,
-    measure,
-    mixed_cases,
-    report,
-    report_pages,
-    report_predict,
-    report_rows,
-    run,
-    suites,
-)
+from bench import measure, run
 from bench.__main__ import main as bench_main
 from bench.bench_suites import ReplayClock
+from bench.cases import kinds as cases, suites
+from bench.report import command as report, pages as report_pages, predict as report_predict, rows as report_rows
 from bench.session import Session
-from bench.subject import Measured, TakesNoPart, measure_case
-from bench.subjects import SUBJECTS
+from bench.subjects import host_layer, lora_models, lora_sites, manage_cases, mixed_cases
+from bench.subjects.registry import SUBJECTS
+from bench.subjects.subject import Measured, TakesNoPart, measure_case
 from peft_fast.cli import bench as bench_command
 from peft_fast.cli.main import main as cli_main
 from peft_fast.jobs.errors import CommandError

@@ -13,8 +13,14 @@ from xml.etree import ElementTree
 
 import pytest
 
-from bench import report_compare, report_csv, report_html, report_plots, report_scaling
-from bench.report_rows import Files, load
+from bench.report import (
+    compare as report_compare,
+    csv as report_csv,
+    html as report_html,
+    plots as report_plots,
+    scaling as report_scaling,
+)
+from bench.report.rows import Files, load
 
 pytest.importorskip("matplotlib")
 

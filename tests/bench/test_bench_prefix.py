@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_bench import CPU, dry_session
 
-from bench import cases, measure, prefix_decode, prefix_models, prefix_sites, suites
-from bench.generate_models import Generated
-from bench.subject import Measured, measure_case
+from bench import measure
+from bench.cases import kinds as cases, suites
+from bench.subjects import prefix_decode, prefix_models, prefix_sites
+from bench.subjects.generate_models import Generated
+from bench.subjects.subject import Measured, measure_case
 
 QUICK = [case for suite in ("prefix", "train", "generate") for case in suites.cpu_cases(suite, quick=True)]
 SITES = [replace(case, prefixes=n) for case in QUICK if isinstance(case, cases.PrefixSiteCase)

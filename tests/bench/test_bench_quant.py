@@ -8,10 +8,12 @@ import pytest
 import torch
 from test_bench import CPU, dry_session
 
-from bench import cases, generate_models, measure, quant_models, quant_sites, suites
-from bench.lora_models import adapters
-from bench.lora_sites import DTYPES
-from bench.subject import TakesNoPart, measure_case
+from bench import measure
+from bench.cases import kinds as cases, suites
+from bench.subjects import generate_models, quant_models, quant_sites
+from bench.subjects.lora_models import adapters
+from bench.subjects.lora_sites import DTYPES
+from bench.subjects.subject import TakesNoPart, measure_case
 
 QUICK = [case for suite in ("quant", "train") for case in suites.cpu_cases(suite, quick=True)]
 SITES = [case for case in QUICK if isinstance(case, cases.QuantSiteCase)]

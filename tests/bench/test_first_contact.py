@@ -20,7 +20,7 @@ pytest.importorskip("triton", reason="the cases run kernels")
 from bench.first_contact import child, machine, phases, runner, tables
 from bench.first_contact.here import Here, measure_subject, poisoned
 from bench.first_contact.runner import COLUMNS, Document, Phase, Runner
-from bench.subject import Subject
+from bench.subjects.subject import Subject
 from csrc_triton.tables import Sizes, nearest
 
 ROOT = Path(__file__).parents[2]

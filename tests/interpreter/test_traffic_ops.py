@@ -17,7 +17,7 @@ from test_traffic import BACKWARD, BF16, DEVICE, FP32, INT, MIXED, lora_op, memo
 from traffic import COUNTED, Launch, counting
 from traffic_models import check
 
-from bench.cases import MixedOpCase, OpCase, PrefixSiteCase, QuantSiteCase, QuantWeightCase
+from bench.cases.kinds import MixedOpCase, OpCase, PrefixSiteCase, QuantSiteCase, QuantWeightCase
 from peft_fast.ops import functional, quantized_functional
 from peft_fast.quantized import weights as quant
 

@@ -9,7 +9,8 @@ import torch
 
 pytest.importorskip("triton", reason="the tuner runs kernels")
 
-from bench import aot, tune
+from bench import tune
+from bench.aot import command as aot
 from csrc_triton import tables
 from csrc_triton.common import tuning
 from peft_fast.tuning import measure, operators
