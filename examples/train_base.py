@@ -1,9 +1,9 @@
 """Train the demo's base model: a byte-level Llama of 1.6 M parameters, on Python's docstrings and pydoc's topics.
 
-The result is committed (peft_fast/cli/assets/base, 3 MB in bfloat16): `peft-fast demo` starts with the adapters.
+The result is committed (peft_fast/demo/assets/base, 3 MB in bfloat16): `peft-fast demo` starts with the adapters.
 The four domains of the demo are left out, the base has not seen them. About 15 minutes on 2 cores:
 
-    python examples/train_base.py --out peft_fast/cli/assets/base
+    python examples/train_base.py --out peft_fast/demo/assets/base
 """
 
 import argparse

@@ -177,8 +177,8 @@ def _predictions(files: Files) -> str:
     if not rows:
         return "<p class=soft>No case in this run whose work is counted.</p>"
     lead = (
-        "What peft_fast.planning.plan predicts at the machine's ceilings, beside what was measured: below 0 it was too fast. "
-        "The printed report has every row."
+        "What peft_fast.planning predicts at the machine's ceilings, beside what was measured: below 0 it was too "
+        "fast. The printed report has every row."
     )
     head = ("cases", "provider", "rows", "median error", "quartiles")
     return f"<p class=soft>{lead}</p>" + table(head, [[cell(text) for text in row] for row in rows], words=(0, 1))

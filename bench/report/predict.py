@@ -83,7 +83,7 @@ def lines(found: list[Prediction]) -> list[str]:
     """A table of all, then of the groups."""
     width = max((len(p.words) for p in found), default=0)
     text = [
-        f"{'predicted by peft_fast.planning.plan':<{width}} {'':<10} {'predicted':>10} {'measured':>10} {'error':>6}  bound"
+        f"{'predicted by peft_fast.planning':<{width}} {'':<10} {'predicted':>10} {'measured':>10} {'error':>6}  bound"
     ]
     text += [
         f"{p.words:<{width}} {p.provider:<10} {time_in_words(p.predicted):>10} {time_in_words(p.measured):>10} "

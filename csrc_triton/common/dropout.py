@@ -1,6 +1,6 @@
 """Dropout's keep mask, one bit per element: bit k & 7 of byte k >> 3 of row m.
 
-The definition is peft_fast/reference/lora.py: dropout_bits. The kernels draw the very same bits.
+The definition is peft_fast/reference/dropout.py: dropout_bits. The kernels draw the very same bits.
 
 A word serves two neighbouring columns, so a byte is drawn from four words: everything stays elementwise on
 (BLOCK_M, BLOCK_K / 8) tiles, and only the finished bytes change their layout.
