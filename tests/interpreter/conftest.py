@@ -1,8 +1,8 @@
 """Set-up of the kernels' own test process: ``python -m pytest tests/interpreter``.
 
 Without a GPU the real kernels run in Triton's interpreter. It is switched on for a whole process, in which CPU tensors
-can take kernels, so these tests are kept out of every other run (pyproject: norecursedirs); tests/kernels/test_interpreter.py
-starts them. On a machine with a GPU the same tests run on it.
+can take kernels, so these tests are kept out of every other run (pyproject: norecursedirs); test_interpreter.py in
+tests/kernels starts them. On a machine with a GPU the same tests run on it.
 """
 
 import os
