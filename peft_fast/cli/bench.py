@@ -8,9 +8,10 @@ from pathlib import Path
 
 import peft_fast
 
-from ..jobs.errors import CommandError
+from ..jobs.errors import JobError
 
 SUITES = ("lora", "mixed", "prefix", "quant", "train", "generate", "host", "all")
+HELP = "measure this machine: peft_fast beside the base, peft, torch.compile and the roofline (needs a checkout)"
 DESCRIPTION = """Measure this machine: what each operator and model costs with peft_fast, beside the base without an
 adapter, peft, plain torch, torch.compile, bitsandbytes, and what the hardware allows. Results that are wrong
 are never timed: their row says so and the exit code is 1. Needs a checkout, with pip install -e ".[bench]"."""
@@ -38,11 +39,11 @@ def add_to(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Hand over to ``python -m bench run`` and return its exit code. Raises: CommandError without a checkout."""
+    """Hand over to ``python -m bench run`` and return its exit code. Raises: JobError without a checkout."""
     root = _checkout()
     lacking = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
     if lacking:
-        raise CommandError(f"bench needs {', '.join(lacking)}: pip install -e '{root}[bench]'")
+        raise JobError(f"bench needs {', '.join(lacking)}: pip install -e '{root}[bench]'")
     command = [sys.executable, "-m", "bench", "run", "--suite", args.suite, "--device", args.device]
     command += ["--out", str(args.out.absolute())] + ["--quick"] * args.quick + ["--show"] * args.show
     command += ["--compare", str(args.compare.absolute())] if args.compare else []
@@ -64,7 +65,7 @@ def _checkout() -> Path:
     for folder in (Path(peft_fast.__file__).resolve().parents[1], here, *here.parents):
         if (folder / "bench" / "bench_suites.py").is_file() and (folder / "csrc_triton").is_dir():
             return folder
-    raise CommandError(
+    raise JobError(
         "the benchmarks are not in the installed package: run this in a clone of the repository, after "
         "pip install -e '.[bench]' there"
     )

@@ -5,6 +5,9 @@ import importlib.metadata
 import os
 import platform
 
+from ..jobs.errors import UsageError
+from . import model_options
+
 PACKAGES = (
     "peft_fast",
     "torch",
@@ -16,6 +19,24 @@ PACKAGES = (
     "matplotlib",
     "peft",
 )
+
+HELP = "versions, devices, and the implementation that each op will use, and why"
+DESCRIPTION = """Print versions, devices, and for each op the implementation that will be used, and why; with --model
+for the model's own layers, without reading its weights."""
+EPILOG = "example: peft-fast info --model peft_fast_demo/base"
+
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    model_options.add_to(parser, required=False)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what there is to say. Returns 0."""
+    if args.model is None and args.adapter is not None:
+        raise UsageError("--adapter needs --model, the base model that it is for")
+    print(report() if args.model is None else report_of_model(args))
+    return 0
 
 
 def report() -> str:
@@ -35,7 +56,6 @@ def report_of_model(args: argparse.Namespace) -> str:
 
     from ..jobs.device import pick_device
     from ..tuning.explain import explain
-    from . import model_options
 
     device = pick_device(args.device)
     model = model_options.load(args, torch.device("meta"))

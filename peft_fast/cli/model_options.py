@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from ..training.options import QUANTIZE
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_to(parser: argparse.ArgumentParser, required: bool) -> None:
 def load(args: argparse.Namespace, device: "torch.device") -> Any:
     """The model with its adapter on ``device``; on the meta device its shape alone, without a weight read.
 
-    Raises: UsageError for directories that are no model and no adapter, and numbers that cannot be used; CommandError
+    Raises: UsageError for directories that are no model and no adapter, and numbers that cannot be used; JobError
         for files that cannot be loaded.
     """
     import torch
@@ -70,7 +70,7 @@ def load(args: argparse.Namespace, device: "torch.device") -> Any:
     except UsageError:
         raise
     except Exception as error:  # transformers raises anything for files that are wrong
-        raise CommandError(f"--model {args.model}: {error}") from error
+        raise JobError(f"--model {args.model}: {error}") from error
     if args.adapter is None:
         task = "SEQ_2_SEQ_LM" if config.is_encoder_decoder else "CAUSAL_LM"
         return get_peft_model(base, LoraConfig(r=args.r, target_modules="all-linear", task_type=task)).eval()
@@ -78,7 +78,7 @@ def load(args: argparse.Namespace, device: "torch.device") -> Any:
         place: Any = {"low_cpu_mem_usage": True, "torch_device": "cpu"} if meta else {}
         return PeftModel.from_pretrained(base, args.adapter, **place).eval()
     except Exception as error:  # also what safetensors raises
-        raise CommandError(f"--adapter {args.adapter}: {error}") from error
+        raise JobError(f"--adapter {args.adapter}: {error}") from error
 
 
 def _quantization(args: argparse.Namespace, config: Any, dtype: "torch.dtype") -> Any:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from ..planning.plan import (
     DTYPE_BYTES,
     GPUS,
@@ -20,8 +20,12 @@ from ..planning.plan import (
     Workload,
     plan,
 )
-from ..training.options import whole
+from .arguments import whole
 
+HELP = "will it fit, how long is a step, what do the adapters cost: calculated, no GPU needed"
+DESCRIPTION = """Memory and time of one step of a Llama-shaped model with LoRA adapters on H100, H200, A100 or
+MI300X, by arithmetic: bytes, flops, launches, exchange between GPUs. docs/plan.md has the formulas."""
+EPILOG = "example:\n  peft-fast plan --model-config DIR --adapters 100 --batch 32 --context 1024 --gpu H100"
 ASSUMPTIONS = (
     "not measured; assumed: 0.8 of data sheet flops, 0.9 of bandwidths, 2 us a launch (eager 8), 10 an all-reduce"
 )
@@ -85,8 +89,16 @@ def add_to(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="the same as JSON, in bytes and seconds")
 
 
-def run(options: Options) -> int:
-    """Print the plan. Raises: UsageError for an option's value, CommandError if nothing has the memory."""
+def run(args: argparse.Namespace) -> int:
+    """Print the plan. Returns 0."""
+    options = Options(**{name: getattr(args, name) for name in Options._fields})
+    result = planned(options)
+    print(json.dumps(as_dict(result), indent=2) if options.json else table(result))
+    return 0
+
+
+def planned(options: Options) -> Plan:
+    """The plan. Raises: UsageError for an option's value, JobError if nothing has the memory."""
     gpu = _ALIASES.get(options.gpu.upper(), options.gpu.upper())
     if gpu not in GPUS:
         raise UsageError(f"--gpu {options.gpu}: not known, only {', '.join(GPUS)}")
@@ -116,11 +128,9 @@ def run(options: Options) -> int:
     except ValueError as error:
         raise UsageError(str(error)) from error
     try:
-        result = plan(model, work, GPUS[gpu], options.tensor_parallel)
+        return plan(model, work, GPUS[gpu], options.tensor_parallel)
     except ValueError as error:
-        raise CommandError(str(error)) from error
-    print(json.dumps(as_dict(result), indent=2) if options.json else table(result))
-    return 0
+        raise JobError(str(error)) from error
 
 
 def targets(text: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """`peft-fast run`: a program that uses peft, as it is, with peft_fast in peft's place."""
 
+import argparse
 import importlib.util
 import os
 import runpy
@@ -10,8 +11,30 @@ import peft_fast
 
 from ..jobs.errors import UsageError
 
+HELP = "run a program that uses peft, unchanged, with peft_fast in peft's place"
+DESCRIPTION = """Run a script, or with -m a module, as python would, where `import peft` means peft_fast: for the
+program, the libraries it uses (transformers, accelerate, trl, ...) and the Python processes it starts.
+Whether peft is installed does not matter. A name of peft that peft_fast does not have is an ImportError
+that says what there is. Exit code: the program's own; 2 if there is no such program."""
+EPILOG = """examples: peft-fast run train.py --lr 1e-4
+          peft-fast run -m torch.distributed.run --nproc-per-node 2 train.py --lr 1e-4"""
 
-def run(target: str, arguments: Sequence[str], is_module: bool) -> int:
+
+def add_to(parser: argparse.ArgumentParser) -> None:
+    """The command's options, and the program with its own."""
+    add = parser.add_argument
+    parser.usage = "peft-fast run [-h] [-m] SCRIPT [ARGUMENT ...]"
+    add("-m", action="store_true", dest="is_module", help="SCRIPT is the name of a module")
+    add("target", metavar="SCRIPT", help="the program")
+    add("arguments", nargs=argparse.REMAINDER, metavar="ARGUMENT", help="what the program gets")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0 when the program came to its end; what it raises, `SystemExit` included, goes to the caller."""
+    return run_program(args.target, args.arguments, args.is_module)
+
+
+def run_program(target: str, arguments: Sequence[str], is_module: bool) -> int:
     """Run a script (or a folder or zip file with a `__main__.py`), or a module, as `python` and `python -m` would.
 
     What it raises, `SystemExit` included, goes to the caller.

@@ -2,9 +2,10 @@
 
 import argparse
 
-from ..jobs.errors import CommandError
+from ..jobs.errors import JobError
 from . import model_options
 
+HELP = "measure on this GPU what is fastest for a model's own layers, and use it from now on"
 DESCRIPTION = """Measure on this GPU, for the sizes of one model's layers, which configuration and implementation is
 fastest, on the model's own weights. Every result is compared with fp64 before it is timed. The rows go to
 ~/.cache/peft_fast/tables ($PEFT_FAST_CACHE/tables), each as soon as it is finished, and are used from then on.
@@ -45,5 +46,5 @@ def run(args: argparse.Namespace) -> int:
         return 0
     print(found)
     if found.faults:
-        raise CommandError(f"{len(found.faults)} results were wrong or failed, see above; none of them is used")
+        raise JobError(f"{len(found.faults)} results were wrong or failed, see above; none of them is used")
     return 0

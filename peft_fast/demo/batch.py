@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ..jobs.errors import CommandError
+from ..jobs.errors import JobError
 from .data import END
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def run(model: "PeftModel", rows: list[Row], length: int, rounds: int) -> dict[s
     """Generate `length` tokens for each row, all in one batch and one row after the other, in turn.
 
     Returns: number of rows, tokens, seconds of both (medians over the rounds), and how many times faster the batch is.
-    Raises: CommandError if a token of the batch is not what the row's adapter chooses alone.
+    Raises: JobError if a token of the batch is not what the row's adapter chooses alone.
     """
     together(model, rows, 2), one_by_one(model, rows[:1], 2)  # what only the first call does
     seconds: dict[str, list[float]] = {"batch": [], "one by one": []}
@@ -91,7 +91,7 @@ def one_by_one(model: "PeftModel", rows: list[Row], length: int) -> list[Tensor]
 
 @torch.no_grad()
 def check(model: "PeftModel", row: Row, tokens: Tensor) -> None:
-    """Raises: CommandError unless each token has the largest logit, up to rounding, where the adapter runs alone."""
+    """Raises: JobError unless each token has the largest logit, up to rounding, where the adapter runs alone."""
     device = next(model.parameters()).device
     ids = torch.tensor([[*row.ids, *tokens.tolist()]], device=device)
     if row.adapter is None:
@@ -105,7 +105,7 @@ def check(model: "PeftModel", row: Row, tokens: Tensor) -> None:
     short = logits.amax(-1) - logits.gather(-1, ids[0, len(row.ids) :, None])[:, 0]
     if not bool((short <= TIE).all()):
         at = int((~(short <= TIE)).nonzero()[0])
-        raise CommandError(
+        raise JobError(
             f"mixed batch, {row.adapter or 'no adapter'}: token {at} is not the one that it chooses alone "
             f"(its logit is {short[at]:.3f} below the largest)"
         )

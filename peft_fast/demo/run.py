@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..jobs.device import pick_device
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from . import batch as demo_batch, data as demo_data, report as demo_report
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ class Settings(NamedTuple):
         return 128 if self.quick else LENGTH
 
 
-def run(settings: Settings, fresh: bool = False) -> int:
-    """Train, save, load back, compare, run all in one batch; 0 if every adapter wins on its own text, else 1.
+def run(settings: Settings, fresh: bool = False, say: Callable[[str], None] = lambda text: None) -> None:
+    """Train, save, load back, compare, run all in one batch; every adapter wins on its own text.
 
-    Raises: UsageError for a device or directory that cannot be used; CommandError where the base model is missing, an
+    Raises: UsageError for a device or directory that cannot be used; JobError where the base model is missing, an
         adapter does not win, or a mixed batch gives other tokens than one adapter after the other;
         FileNotFoundError for missing sources of Python; the library's errors for an adapter directory that is broken.
     """
@@ -64,7 +65,7 @@ def run(settings: Settings, fresh: bool = False) -> int:
     out = prepare_directory(settings.out, fresh)
     splits = {name: demo_data.split(demo_data.texts_of(name)) for name in demo_data.NAMES}
     base = copy_base(out)
-    print(f"base model, adapters and results: {out}", flush=True)
+    say(f"base model, adapters and results: {out}")
 
     with tqdm(total=len(splits) * settings.steps, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
         train_adapters(settings, base, device, {name: texts for name, (texts, _) in splits.items()}, bar)
@@ -88,17 +89,16 @@ def run(settings: Settings, fresh: bool = False) -> int:
             "seconds": round(seconds, 1),
         },
     )
-    print("\n" + demo_report.table(losses, BASE_ROW))
-    print("\n" + demo_report.said_of(kinds))
-    print("\n" + demo_report.draw(losses, BASE_ROW, out / "results.png"))
-    print("\n" + demo_report.samples(model, list(splits), settings.seed))
-    print("\n" + demo_batch.report(mixed))
+    say("\n" + demo_report.table(losses, BASE_ROW))
+    say("\n" + demo_report.said_of(kinds))
+    say("\n" + demo_report.draw(losses, BASE_ROW, out / "results.png"))
+    say("\n" + demo_report.samples(model, list(splits), settings.seed))
+    say("\n" + demo_batch.report(mixed))
     lost = demo_report.losers(losses, BASE_ROW)
     if lost:
-        raise CommandError("; ".join(lost) + ". More --steps may help; --fresh trains the adapters again")
-    print("\n" + demo_report.next_steps(settings.out, list(splits)))
-    print(f"\nEvery adapter wins on its own text. {seconds:.0f} s in all.")
-    return 0
+        raise JobError("; ".join(lost) + ". More --steps may help; --fresh trains the adapters again")
+    say("\n" + demo_report.next_steps(settings.out, list(splits)))
+    say(f"\nEvery adapter wins on its own text. {seconds:.0f} s in all.")
 
 
 def prepare_directory(out: Path, fresh: bool) -> Path:
@@ -120,7 +120,7 @@ def prepare_directory(out: Path, fresh: bool) -> Path:
 def copy_base(out: Path) -> Path:
     """out/base, where the adapters' configurations find their base model; copied again if the package has another."""
     if not (BASE / "model.safetensors").is_file():
-        raise CommandError(
+        raise JobError(
             f"the base model is missing from {BASE}: install the package again, or run examples/train_base.py"
         )
     target = out / "base"

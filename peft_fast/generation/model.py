@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from .requests import Codec
 
 BYTES = 256  # a vocabulary of this size, without tokenizer files, is taken as bytes
@@ -68,7 +68,7 @@ def load(directory: Path, adapters: Mapping[str, Path], device: torch.device, dt
 
     Args:
         dtype: "auto" (that of the file), "float32", "bfloat16", "float16".
-    Raises: CommandError, naming the directory, for a model or an adapter that cannot be loaded, with the reason.
+    Raises: JobError, naming the directory, for a model or an adapter that cannot be loaded, with the reason.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils import logging
@@ -82,7 +82,7 @@ def load(directory: Path, adapters: Mapping[str, Path], device: torch.device, dt
         base = auto.from_pretrained(directory, dtype=dtype, local_files_only=True).to(device).eval()
         codec = codec_of(directory, base.generation_config, config.get_text_config().vocab_size)
     except Exception as error:  # transformers raises anything for files that are wrong
-        raise CommandError(f"--model {directory}: {error}") from error
+        raise JobError(f"--model {directory}: {error}") from error
     model = _with_adapters(base, ordered)
     text_config = config.get_text_config(decoder=True)
     return Generator(
@@ -142,7 +142,7 @@ def adapters_of(named: Sequence[str], directory: Path | None) -> dict[str, Path]
 def _in_loading_order(adapters: Mapping[str, Path]) -> dict[str, Path]:
     """LoRA first: a model of LoRA takes prefixes, one of prefixes takes no LoRA.
 
-    Raises: CommandError for an adapter whose configuration cannot be read, or whose method has no mixed batches.
+    Raises: JobError for an adapter whose configuration cannot be read, or whose method has no mixed batches.
     """
     from peft_fast import PeftConfig
 
@@ -151,12 +151,12 @@ def _in_loading_order(adapters: Mapping[str, Path]) -> dict[str, Path]:
         try:
             config = PeftConfig.from_pretrained(path)
         except Exception as error:  # whatever a file can have in it
-            raise CommandError(f"adapter {name}, {path}: {error}") from error
+            raise JobError(f"adapter {name}, {path}: {error}") from error
         if config.peft_type == "PREFIX_TUNING":
             prefixes.add(name)
         elif config.is_prompt_learning:
             method = getattr(config.peft_type, "value", config.peft_type)
-            raise CommandError(
+            raise JobError(
                 f"adapter {name}, {path}: {method} has no mixed batches, its learned tokens make every row longer; "
                 "leave this adapter out (prefix tuning can be mixed), or use it alone: AutoPeftModelForCausalLM or "
                 "AutoPeftModelForSeq2SeqLM, .from_pretrained(directory), .generate(...)"
@@ -181,11 +181,11 @@ def _with_adapters(base: Any, adapters: Mapping[str, Path]) -> Any:
                 model.load_adapter(path, adapter_name=name, strict=True)
         except Exception as error:  # also what safetensors and pickle raise
             made_for = PeftConfig.from_pretrained(path).base_model_name_or_path
-            raise CommandError(f"adapter {name}, {path}: {error} (it says that it is for {made_for})") from error
+            raise JobError(f"adapter {name}, {path}: {error} (it says that it is for {made_for})") from error
     brought = getattr(model, "_brought_weights", {})
     if brought and len(adapters) > 1:
         name = next(iter(brought))
-        raise CommandError(
+        raise JobError(
             f"adapter {name}, {adapters[name]}: its file has weights of the base model "
             f"({', '.join(brought[name][:2])}), which would change the answers of the other adapters and of the base: "
             "answer its requests in a run of their own"

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from ..demo.report import write_json
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 
 try:
     import fcntl
@@ -54,7 +54,7 @@ class Results:
         Args:
             origin: what the results are made from: option -> its value or a digest of what it names; plain JSON.
         Raises: UsageError if the directory is not there or OUT is none that a run with this origin has left (then it
-            is untouched); CommandError if another run is writing it; OSError from the file system.
+            is untouched); JobError if another run is writing it; OSError from the file system.
         """
         self.path, self.tally = path, Tally()
         self._waiting: dict[int, Mapping[str, Any]] = {}
@@ -115,7 +115,7 @@ class Results:
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CommandError(f"{self.path}: another run is writing it; wait for it, or name another --out") from None
+            raise JobError(f"{self.path}: another run is writing it; wait for it, or name another --out") from None
         except OSError:  # a file system without locks
             return
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from ..jobs.device import pick_device
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from . import batches as generate_batches, model as generate_model, settings as generate_settings
 from .requests import LineError, Reader, Request, parse_settings
 from .results import Results, Tally, digest_of_directory, digest_of_input
@@ -46,7 +46,7 @@ class Options(NamedTuple):
 def run(options: Options) -> int:
     """Answer every request that has no result yet; 0 if none of all has an error.
 
-    Raises: UsageError for an option that cannot be used, an OUT that belongs to something else included; CommandError,
+    Raises: UsageError for an option that cannot be used, an OUT that belongs to something else included; JobError,
         at the end, if lines have errors, and before anything is generated for a model or adapter that cannot be loaded.
     """
     start = time.perf_counter()
@@ -74,9 +74,7 @@ def run(options: Options) -> int:
                 _answer(options, generator, reader, results, bar)
     print(_summary(options, results.tally, kept, tokens_before, time.perf_counter() - start))
     if errors := results.tally.errors:
-        raise CommandError(
-            f'{errors} of {lines} requests got no answer: their lines in {options.out} say why ("error")'
-        )
+        raise JobError(f'{errors} of {lines} requests got no answer: their lines in {options.out} say why ("error")')
     return 0
 
 

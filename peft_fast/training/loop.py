@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from peft_fast.quantized.weights import kind_of
 
-from ..jobs.errors import CommandError
+from ..jobs.errors import JobError
 from .options import SCHEDULES, Options
 from .rows import IGNORED, Rows
 
@@ -235,9 +235,9 @@ def keep_as_trained(model: Any) -> None:
 
 
 def check_finite(model: Any, step: int) -> None:
-    """Raises: CommandError if a number that is trained has become NaN or infinite."""
+    """Raises: JobError if a number that is trained has become NaN or infinite."""
     if not all(bool(parameter.isfinite().all()) for parameter in model.parameters() if parameter.requires_grad):
-        raise CommandError(
+        raise JobError(
             f"after step {step} the adapter has numbers that are no numbers (NaN or infinite); a smaller --lr may help"
         )
 
@@ -293,7 +293,7 @@ def _add_callbacks(trainer: Any, stop: Stop, options: Options) -> None:
             loss = logs.get(name, 0.0)
             if not math.isfinite(loss):
                 of = "held-out rows after step" if name == "eval_loss" else "step"
-                raise CommandError(
+                raise JobError(
                     f"the loss of {of} {state.global_step} is {loss}: a smaller --lr may help; checkpoints before it "
                     "are kept"
                 )

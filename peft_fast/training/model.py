@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..generation.model import ByteCodec, codec_of
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from . import chat as train_chat, fit as train_fit
 from .options import Options
 from .rows import ByteText, Text, TokenizerText
@@ -92,7 +92,7 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
     """Base and adapter, ready to be trained; what is random is decided by --seed.
 
     Returns: (the model, whether the base had a head for other classes).
-    Raises: CommandError for weights that cannot be loaded; ValueError where the method does not fit the model.
+    Raises: JobError for weights that cannot be loaded; ValueError where the method does not fit the model.
     """
     from peft_fast import prepare_model_for_kbit_training
 
@@ -109,10 +109,10 @@ def build(options: Options, plan: Plan, device: torch.device) -> tuple[Any, bool
     try:
         base, info = plan.auto.from_pretrained(directory, **arguments)
     except Exception as error:
-        raise CommandError(f"--model {options.model}: {error}") from error
+        raise JobError(f"--model {options.model}: {error}") from error
     others = [str(found[0]) for found in info["mismatched_keys"]]
     if body := [name for name in others if name.split(".")[0] not in HEADS]:
-        raise CommandError(f"--model {options.model}: {body[0]} has not the shape that config.json says")
+        raise JobError(f"--model {options.model}: {body[0]} has not the shape that config.json says")
     if options.quantize == "none":
         base.to(device)
     else:
@@ -139,7 +139,7 @@ def _with_adapter(options: Options, base: Any) -> Any:
         set_peft_model_state_dict(model, load_peft_weights(str(options.adapter)))
         return model
     except Exception as error:  # also what safetensors raises
-        raise CommandError(f"--adapter {options.adapter}: {error}") from error
+        raise JobError(f"--adapter {options.adapter}: {error}") from error
 
 
 def peft_config(options: Options) -> "PeftConfig":

@@ -1,12 +1,12 @@
-"""The options of `peft-fast train`: what they are, what they default to, and which of them go together.
+"""What training can be told: every option, its default, what it may be, and which of them go together.
 
 No torch here: `peft-fast train --help` answers at once.
 """
 
-import argparse
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,96 +21,109 @@ _LORA = {"target_modules": ["all-linear"], "r": 16, "lora_alpha": 32, "lora_drop
 _PROMPT = {"num_virtual_tokens": 20}
 _KINDS = {"LORA": "lora", "PREFIX_TUNING": "prefix", "PROMPT_TUNING": "prompt"}  # of an adapter's file: the method
 _TASKS = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "seq-cls", "SEQ_2_SEQ_LM": "seq2seq"}
-_NOT_OF_THE_RESULT = (
-    "data",
-    "eval_data",
-    "model",
-    "adapter",
-    "out",
-    "device",
-    "resume",
-)  # files count by what is in them
+# files count by what is in them
+_NOT_OF_THE_RESULT = ("data", "eval_data", "model", "adapter", "out", "device", "resume")
 
 
 class Options(NamedTuple):
-    """What the command line says; the options' help has the meaning."""
+    """All of them, as ``complete`` makes them. `peft-fast train --help` has the meaning of each."""
 
     model: Path
     data: Path
-    eval_data: Path | None
-    eval_split: float
     out: Path
-    task: str
-    adapter: Path | None
     method: str
-    quantize: str
-    target_modules: list[str] | None
-    r: int | None
-    lora_alpha: int | None
-    lora_dropout: float | None
-    num_virtual_tokens: int | None
-    epochs: float
-    max_steps: int | None
-    batch_size: int
-    gradient_accumulation: int
     lr: float
-    max_length: int | None
-    bf16: bool
-    gradient_checkpointing: bool
-    weight_decay: float
-    schedule: str
-    warmup: float
-    packing: bool
-    save_steps: int | None
-    keep_best: bool
-    early_stopping: int | None
-    seed: int
-    device: str
-    resume: bool
+    eval_data: Path | None = None
+    eval_split: float = 0.05
+    task: str = "causal-lm"
+    adapter: Path | None = None
+    quantize: str = "none"
+    target_modules: list[str] | None = None
+    r: int | None = None
+    lora_alpha: int | None = None
+    lora_dropout: float | None = None
+    num_virtual_tokens: int | None = None
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int | None = None
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    weight_decay: float = 0.0
+    schedule: str = "linear"
+    warmup: float = 0.03
+    packing: bool = False
+    save_steps: int | None = None
+    keep_best: bool = False
+    early_stopping: int | None = None
+    seed: int = 0
+    device: str = "auto"
+    resume: bool = False
 
     def of_the_result(self) -> dict[str, Any]:
         """Option -> value, of those that decide what comes out, as plain JSON."""
         return {_flag(name): value for name, value in self._asdict().items() if name not in _NOT_OF_THE_RESULT}
 
 
-def from_arguments(args: argparse.Namespace) -> Options:
-    """The options, with the defaults of the method filled in.
+class Rule(NamedTuple):
+    """parse: from the text of a command line, ValueError where it is none. good: whether a value can be used."""
 
-    Raises: UsageError for an option of another method, and for an adapter that cannot be trained on with them.
+    parse: Callable[[str], Any]
+    good: Callable[[Any], bool]
+    expected: str
+
+
+def complete(given: Mapping[str, Any]) -> Options:
+    """The options, those that are not given by default or by the method's default; None is the same as not given.
+
+    Raises: UsageError for an option that there is not, a value that it cannot have, an option of another method, and an
+        adapter that cannot be trained on with them.
     """
-    values = {name: getattr(args, name) for name in Options._fields}
-    if args.adapter is not None:
-        values |= _of_the_adapter(args)
-        args = argparse.Namespace(**{**vars(args), "method": values["method"]})
-    elif args.method is None:
-        values["method"] = args.method = METHODS[0]
-    own, other, others = (_LORA, _PROMPT, METHODS[1:]) if args.method == "lora" else (_PROMPT, _LORA, METHODS[:1])
+    given = {name: value for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        _check(name, value)
+    if lacking := [name for name in ("model", "data", "out") if name not in given]:
+        raise UsageError(f"{_flag(lacking[0])} is needed")
+    values = given | {name: Path(given[name]) for name in _PATHS if name in given}
+    if "adapter" in values:
+        values |= _of_the_adapter(values)
+    else:
+        values.setdefault("method", METHODS[0])
+    method = values["method"]
+    own, other, others = (_LORA, _PROMPT, METHODS[1:]) if method == "lora" else (_PROMPT, _LORA, METHODS[:1])
     for name in other:
-        if values[name] is not None:
-            raise UsageError(f"{_flag(name)} is for --method {' or '.join(others)}, not for {args.method}")
-    for name, default in own.items():
-        if values[name] is None and args.adapter is None:
-            values[name] = default
-    if args.target_modules is not None:
-        values["target_modules"] = [name for names in args.target_modules for name in names.split(",") if name]
-        if not values["target_modules"]:
-            raise UsageError(f"--target-modules {' '.join(args.target_modules)}: expected names of layers")
-    if args.packing and (args.method != "lora" or args.task != "causal-lm"):
+        if values.get(name) is not None:
+            raise UsageError(f"{_flag(name)} is for --method {' or '.join(others)}, not for {method}")
+    if "adapter" not in values:
+        values = own | values
+    if "target_modules" in given:
+        values["target_modules"] = list(given["target_modules"])
+    if values.get("packing") and (method != "lora" or values.get("task", TASKS[0]) != "causal-lm"):
         raise UsageError("--packing is for --method lora and --task causal-lm: other rows cannot share one")
-    if args.lr is None:
-        values["lr"] = LEARNING_RATES[args.method]
-    values["keep_best"] = args.keep_best or args.early_stopping is not None
+    values.setdefault("lr", LEARNING_RATES[method])
+    values["keep_best"] = values.get("keep_best", False) or "early_stopping" in given
     return Options(**values)
 
 
-def _of_the_adapter(args: argparse.Namespace) -> dict[str, Any]:
+def _check(name: str, value: Any) -> None:
+    if name not in Options._fields:
+        near = get_close_matches(name, Options._fields, 1)
+        raise UsageError(f"there is no option {name!r}{f', did you mean {near[0]!r}?' if near else ''}")
+    if name in _PATHS:
+        if not isinstance(value, str | Path):
+            raise UsageError(f"{_flag(name)} must be a path, got {value!r}")
+    elif not RULES[name].good(value):
+        raise UsageError(f"{_flag(name)} must be {RULES[name].expected}, got {value!r}")
+
+
+def _of_the_adapter(given: Mapping[str, Any]) -> dict[str, Any]:
     """What the file of --adapter says in place of options."""
-    where = f"--adapter {args.adapter}"
-    given = next((name for name in ("method", *_LORA, *_PROMPT) if getattr(args, name) is not None), None)
-    if given is not None:
-        raise UsageError(f"{_flag(given)}: --adapter stays what it is; leave {_flag(given)} out")
+    where, task_now = f"--adapter {given['adapter']}", given.get("task", TASKS[0])
+    if fixed := [name for name in ("method", *_LORA, *_PROMPT) if name in given]:
+        raise UsageError(f"{_flag(fixed[0])}: --adapter stays what it is; leave {_flag(fixed[0])} out")
     try:
-        saved = json.loads((args.adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        saved = json.loads((given["adapter"] / "adapter_config.json").read_text(encoding="utf-8"))
         kind, task = saved["peft_type"], saved.get("task_type")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{where}: expected the directory of an adapter, with adapter_config.json: {error}") from None
@@ -118,177 +131,71 @@ def _of_the_adapter(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f"{where}: the file has what its network made, not the network, which is what is trained")
     if kind not in _KINDS:
         raise UsageError(f"{where}: its method is {kind!r}; expected {', '.join(_KINDS)}")
-    if _TASKS.get(task, args.task) != args.task:
-        raise UsageError(f"{where}: made for --task {_TASKS[task]}, not for {args.task}")
+    if _TASKS.get(task, task_now) != task_now:
+        raise UsageError(f"{where}: made for --task {_TASKS[task]}, not for {task_now}")
     values = {name: saved.get(name) for name in ("r", "lora_alpha", "lora_dropout")} if kind == "LORA" else {}
     return {"method": _KINDS[kind], **values, "num_virtual_tokens": saved.get("num_virtual_tokens")}
 
 
-def add_to(parser: argparse.ArgumentParser) -> None:
-    """Give the parser of `peft-fast train` its options."""
-    _add_files(parser.add_argument_group("model, data, result"), parser)
-    _add_method(parser.add_argument_group("method"))
-    _add_training(parser.add_argument_group("training"))
-
-
-def _add_files(group: Any, parser: argparse.ArgumentParser) -> None:
-    add = group.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="the base model, saved by transformers")
-    add("--data", type=Path, required=True, metavar="FILE.jsonl", help="one JSON object per line, see below")
-    held_out = group.add_mutually_exclusive_group()
-    held_out.add_argument(
-        "--eval-split",
-        type=_number(0, 1, "a fraction from 0 (no evaluation) to below 1", low_allowed=True),
-        default=0.05,
-        metavar="FRACTION",
-        help="of the lines, chosen by --seed, held out for evaluation; at least one line (default: 0.05)",
-    )
-    held_out.add_argument("--eval-data", type=Path, metavar="FILE.jsonl", help="evaluate on these lines instead")
-    add("--out", type=Path, required=True, metavar="DIR", help="adapter, checkpoints, results.json, loss.png")
-    add(
-        "--resume",
-        action="store_true",
-        help="insist on going on: an error if --out has no run (one that is there is gone on with in any case)",
-    )
-    add(
-        "--adapter", type=Path, metavar="DIR", help="train this adapter on, in place of a new one; DIR is left as it is"
-    )
-    add("--task", choices=TASKS, default="causal-lm", help="what the model learns (default: causal-lm)")
-
-
-def _add_method(group: Any) -> None:
-    add = group.add_argument
-    add("--method", choices=METHODS, help="default: lora")
-    add(
-        "--quantize",
-        choices=QUANTIZE,
-        default="none",
-        help="the frozen base in 4 or 8 bits, by bitsandbytes; nf4-dq: its scales quantized too (default: none)",
-    )
-    add(
-        "--target-modules",
-        nargs="+",
-        metavar="NAME",
-        help="lora: names of the layers, with spaces or commas between, or all-linear (default: all-linear)",
-    )
-    add("--r", type=whole(1), metavar="N", help="lora: the rank (default: 16)")
-    add("--lora-alpha", type=whole(1), metavar="N", help="lora: the update is scaled by it / rank (default: 32)")
-    add(
-        "--lora-dropout",
-        type=_number(0, 1, "a number from 0 to below 1", low_allowed=True),
-        metavar="P",
-        help="lora: default 0.05",
-    )
-    add("--num-virtual-tokens", type=whole(1), metavar="N", help="the others: learned tokens (default: 20)")
-
-
-def _add_training(group: Any) -> None:
-    add = group.add_argument
-    length = group.add_mutually_exclusive_group()
-    length.add_argument(
-        "--epochs", type=_number(0, math.inf, "a number above 0"), default=3.0, metavar="X", help="default: 3"
-    )
-    length.add_argument("--max-steps", type=whole(1), metavar="N", help="steps of the optimizer, in place of --epochs")
-    add("--batch-size", type=whole(1), default=8, metavar="N", help="rows of a batch (default: 8)")
-    add("--gradient-accumulation", type=whole(1), default=1, metavar="N", help="batches of a step (default: 1)")
-    rates = ", ".join(f"{name} {rate:g}" for name, rate in LEARNING_RATES.items())
-    add(
-        "--lr",
-        "--learning-rate",
-        dest="lr",
-        type=_number(0, math.inf, "a number above 0"),
-        metavar="X",
-        help=f"learning rate, see --schedule (default: {rates})",
-    )
-    add(
-        "--schedule",
-        choices=SCHEDULES,
-        default="linear",
-        help="how the rate goes down to 0 when it has been warmed up, or that it stays (default: linear)",
-    )
-    fraction = _number(0, 1, "a fraction from 0 to below 1", low_allowed=True)
-    add("--warmup", type=fraction, default=0.03, metavar="FRACTION", help="of the steps (default: 0.03)")
-    decay = _number(0, math.inf, "a number, 0 or more", low_allowed=True)
-    add("--weight-decay", type=decay, default=0.0, metavar="X", help="of AdamW (default: 0)")
-    add(
-        "--max-length",
-        type=whole(2),
-        metavar="N",
-        help="tokens of a row, longer ones are cut (default: 512, or what the model has positions for)",
-    )
-    add("--bf16", action="store_true", help="the base in bfloat16, autocast; without it everything is in float32")
-    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    add("--packing", action="store_true", help="the rows of a batch behind one another: no time for filling them up")
-    add(
-        "--save-steps",
-        type=whole(1),
-        metavar="N",
-        help="steps between checkpoints and evaluations (default: an epoch, if that is not more than 100 steps or less "
-        "than a 20th of the run)",
-    )
-    add("--keep-best", action="store_true", help="the adapter of the checkpoint with the least loss held out")
-    add(
-        "--early-stopping",
-        type=whole(1),
-        metavar="N",
-        help="stop when N evaluations in a row found no smaller loss (implies --keep-best)",
-    )
-    add("--seed", type=whole(0), default=0, metavar="N", help="default: 0")
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda (default: auto)")
-
-
-def whole(low: int) -> Callable[[str], int]:
-    """For argparse: a whole number, `low` or more."""
-
+def _whole(low: int) -> Rule:
     def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"must be a whole number, {low} or more, got {text!r}")
+        if not text.isascii() or not text.isdigit():
+            raise ValueError(text)
         return int(text)
 
-    return parse
+    return Rule(parse, lambda value: type(value) is int and value >= low, f"a whole number, {low} or more")
 
 
-def _number(low: float, high: float, expected: str, *, low_allowed: bool = False) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (low < value < high or (low_allowed and value == low)):
-            raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
-        return value
+def _number(low: float, high: float, expected: str, *, low_allowed: bool = False) -> Rule:
+    def good(value: Any) -> bool:
+        if type(value) not in (int, float):
+            return False
+        return bool(low < value < high or (low_allowed and value == low))
 
-    return parse
+    return Rule(float, good, expected)
+
+
+def _one_of(names: Sequence[str]) -> Rule:
+    return Rule(str, lambda value: value in tuple(names), f"one of {', '.join(names)}")
 
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-DESCRIPTION = """Fine-tune a frozen model, quantized or not, with LoRA or learned tokens, on a file of examples.
-On a GPU or a CPU; the adapter in --out is in PEFT's format."""
-
-EPILOG = """a line of the data, all lines of one kind (other keys are ignored):
-  --task causal-lm   {"text": "all of it is learned"}
-                     or {"prompt": "Translate: cat", "completion": " Katze"}: the loss is on the completion only
-                     or {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}:
-                     by the tokenizer's chat template, the loss is on the assistant's answers; "tools" if there are any
-  --task seq-cls     {"text": "I like it", "label": "good"}; labels are texts or whole numbers
-  --task seq2seq     {"prompt": "...", "completion": "..."}, for models with encoder and decoder
-  Prompt and completion are joined as they are, no space or chat template between them; the end token follows.
-  Of a file in CSV, Parquet or another format it is said how to convert it.
-  A model without tokenizer whose vocabulary is 256 takes bytes as tokens. Token classification needs a label for each
-  token, which these lines cannot say: it is not among the tasks.
-
-Ctrl-C ends the step, saves a checkpoint and stops (exit code 130); a second one stops at once. Stopped or killed, the
-same command goes on from the last checkpoint, with the losses that it would have had (same machine and versions).
-With other settings it refuses to touch --out. The model is evaluated before the first step, with every checkpoint and
-at the end. To train an adapter further (other data, more epochs): --adapter, with another --out.
-Exit codes: 0 done, 1 failed, 2 an option or a line of the data cannot be used, 130 stopped with Ctrl-C.
-
-examples:
-  peft-fast train --model DIR --data train.jsonl --out my_adapter --quantize nf4 --bf16     # QLoRA
-  peft-fast train --model DIR --data train.jsonl --out my_prefix --method prefix --epochs 5
-  peft-fast train --model DIR --data reviews.jsonl --out my_classifier --task seq-cls --eval-data test.jsonl
-  peft-fast train --model DIR --data chats.jsonl --out my_chat --schedule cosine --early-stopping 3
-  peft-fast train --model DIR --data more.jsonl --out my_chat_2 --adapter my_chat"""
+_PATHS = ("model", "data", "out", "eval_data", "adapter")
+_SWITCH = Rule(str, lambda value: type(value) is bool, "True or False")
+_NAMES = Rule(
+    str,
+    lambda value: isinstance(value, list | tuple) and bool(value) and all(isinstance(name, str) for name in value),
+    "a list of names of layers",
+)
+RULES = {
+    "eval_split": _number(0, 1, "a fraction from 0 (no evaluation) to below 1", low_allowed=True),
+    "task": _one_of(TASKS),
+    "method": _one_of(METHODS),
+    "quantize": _one_of(QUANTIZE),
+    "target_modules": _NAMES,
+    "r": _whole(1),
+    "lora_alpha": _whole(1),
+    "lora_dropout": _number(0, 1, "a number from 0 to below 1", low_allowed=True),
+    "num_virtual_tokens": _whole(1),
+    "epochs": _number(0, math.inf, "a number above 0"),
+    "max_steps": _whole(1),
+    "batch_size": _whole(1),
+    "gradient_accumulation": _whole(1),
+    "lr": _number(0, math.inf, "a number above 0"),
+    "max_length": _whole(2),
+    "bf16": _SWITCH,
+    "gradient_checkpointing": _SWITCH,
+    "weight_decay": _number(0, math.inf, "a number, 0 or more", low_allowed=True),
+    "schedule": _one_of(tuple(SCHEDULES)),
+    "warmup": _number(0, 1, "a fraction from 0 to below 1", low_allowed=True),
+    "packing": _SWITCH,
+    "save_steps": _whole(1),
+    "keep_best": _SWITCH,
+    "early_stopping": _whole(1),
+    "seed": _whole(0),
+    "device": Rule(str, lambda value: isinstance(value, str), "the name of a device"),
+    "resume": _SWITCH,
+}

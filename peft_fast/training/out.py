@@ -18,7 +18,7 @@ from typing import Any
 
 from ..demo.report import write_json
 from ..generation.results import digest_of_directory
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from .data import Lines
 from .options import Options
 
@@ -117,7 +117,7 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise CommandError(f"{out}: another run is writing it; wait for it, or name another --out") from None
+            raise JobError(f"{out}: another run is writing it; wait for it, or name another --out") from None
         except OSError:  # a file system without locks
             pass
         yield

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..jobs.errors import CommandError
+from ..jobs.errors import JobError
 from .loop import keep_as_trained
 
 
@@ -19,7 +19,7 @@ def collator() -> Any:
 
 
 def check(model: Any) -> None:
-    """Raises: CommandError for a model whose answers to a row depend on the row before it."""
+    """Raises: JobError for a model whose answers to a row depend on the row before it."""
     base = model.get_base_model()
     base.config.get_text_config().use_cache = False  # with a cache transformers takes packed rows for a single one
     rows = [[5, 6, 7, 8, 9, 10], [10, 9, 8, 7]]
@@ -32,7 +32,7 @@ def check(model: Any) -> None:
     model.train(was_training)
     exact = next(base.parameters()).dtype == torch.float32
     if float((packed - alone).abs().max()) > (1e-3 if exact else 5e-2) * float(alone.std()):
-        raise CommandError(
+        raise JobError(
             f"--packing: {type(base).__name__} does not keep rows apart that are packed together; leave --packing out"
         )
 

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from ..generation.model import ByteCodec
-from ..jobs.errors import CommandError, UsageError
+from ..jobs.errors import JobError, UsageError
 from . import chat as train_chat
 from .data import Json, Lines
 
@@ -125,7 +125,7 @@ class Rows(Dataset[Row]):
     def check_each_has_something_to_learn(self) -> None:
         """For chats, and for a model without end token, where a text can be a single token, and nothing before it.
 
-        Raises: UsageError for a chat and CommandError for a text, naming the line.
+        Raises: UsageError for a chat and JobError for a text, naming the line.
         """
         for index, line in enumerate(tqdm(self.chosen, desc="checking rows", unit="row", delay=2, leave=False)):
             labels = self[index]["labels"]
@@ -135,7 +135,7 @@ class Rows(Dataset[Row]):
                         f"{self.lines.path}, line {self.lines.numbers[line]}: the tokenizer's chat template marks no "
                         f"answer in its last {self.max_length} tokens (--max-length)"
                     )
-                raise CommandError(
+                raise JobError(
                     f"{self.lines.path}, line {self.lines.numbers[line]}: a single token, which nothing predicts (the "
                     "model has no end token); leave the line out"
                 )

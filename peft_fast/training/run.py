@@ -1,20 +1,19 @@
-"""`peft-fast train`: an adapter for a model, quantized or not, from a file of examples.
+"""An adapter for a model, quantized or not, from a file of examples, from the options to what is in OUT.
 
 All that can be wrong with options and data is found before weights are read or anything is written.
 """
 
 import logging
 import signal
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..demo.report import write_json
 from ..jobs.device import pick_device
-from ..jobs.errors import UsageError
+from ..jobs.errors import Stopped, UsageError
 from . import (
     data as train_data,
     loop as train_loop,
@@ -36,11 +35,15 @@ class Data(NamedTuple):
     held_out: Sequence[int]
 
 
-def run(options: Options) -> int:
-    """Train, or go on with it; 0 when the adapter is in OUT, 130 if it was stopped (143 by SIGTERM).
+Say = Callable[[str], None]  # what is done with a line for people
 
-    Raises: UsageError for an option, a line of the data, a model or an OUT that cannot be used; CommandError for
-        weights that cannot be loaded, an OUT that another run is writing, and a loss that is no number.
+
+def run(options: Options, say: Say) -> dict[str, Any]:
+    """Train, or go on with it. Returns what results.json has, when the adapter is in OUT.
+
+    Raises: Stopped by Ctrl-C and SIGTERM, after a checkpoint; UsageError for an option, a line of the data, a model or
+        an OUT that cannot be used; JobError for weights that cannot be loaded, an OUT that another run is writing, and
+        a loss that is no number.
     """
     start = time.perf_counter()
     device = pick_device(options.device)
@@ -56,9 +59,9 @@ def run(options: Options) -> int:
         origin = train_out.origin(options, data.lines, data.held_out_lines)
         finished = train_out.check(options, origin)
         if finished is not None:
-            print(f"{options.out}: finished by an earlier run, kept\n{train_report.summary(finished)}")
-            print(train_report.how_to_use(options, finished, data.lines.keys))
-            return 0
+            say(f"{options.out}: finished by an earlier run, kept\n{train_report.summary(finished)}")
+            say(train_report.how_to_use(options, finished, data.lines.keys))
+            return finished
         ends = options.task == "seq-cls" and plan.config.is_encoder_decoder
         rows = [
             Rows(lines, chosen, options.task, plan.text, plan.max_length, plan.classes, ends=ends)
@@ -82,16 +85,16 @@ def run(options: Options) -> int:
                 begins=checkpoint is None,
                 one_row=train_model.takes_one_row(options, model.get_base_model()),
             )
-            before = _train(options, trainer, checkpoint)
+            before = _train(options, trainer, checkpoint, say)
             if stop.signal and trainer.state.global_step < trainer.args.max_steps:
-                return _stopped(options, trainer, stop)
-            _finish(options, plan, trainer, data, before, start, other_head)
-    return 0
+                raise _stopped(options, trainer, stop)
+            return _finish(options, plan, trainer, data, before, start, other_head, say)
 
 
 def _finish(
-    options: Options, plan: train_model.Plan, trainer: Any, data: Data, before: int, start: float, other_head: bool
-) -> None:
+    options: Options, plan: train_model.Plan, trainer: Any, data: Data, before: int, start: float, other_head: bool,
+    say: Say,
+) -> dict[str, Any]:  # fmt: skip
     """Save the adapter, the picture and the numbers, and say so."""
     model, rows = trainer.model, trainer.train_dataset
     trainable, parameters = model.get_nb_trainable_parameters()  # of packed weights as of what they stand for
@@ -119,8 +122,9 @@ def _finish(
     model.save_pretrained(options.out)
     picture = train_report.draw(found, options.out / "loss.png")
     write_json(options.out / train_out.RESULTS, found)
-    print(f"{train_report.summary(found)}\n{picture}\nadapter: {options.out}")
-    print(train_report.how_to_use(options, found, data.lines.keys))
+    say(f"{train_report.summary(found)}\n{picture}\nadapter: {options.out}")
+    say(train_report.how_to_use(options, found, data.lines.keys))
+    return found
 
 
 def _read(options: Options) -> Data:
@@ -134,7 +138,7 @@ def _read(options: Options) -> Data:
     return Data(lines, held_out, range(len(lines.offsets)), range(len(held_out.offsets)))
 
 
-def _train(options: Options, trainer: Any, checkpoint: Path | None) -> int:
+def _train(options: Options, trainer: Any, checkpoint: Path | None, say: Say) -> int:
     """All steps that are left. Returns how many were done before."""
     if checkpoint is None:
         trainer.train()
@@ -142,7 +146,7 @@ def _train(options: Options, trainer: Any, checkpoint: Path | None) -> int:
     state = type(trainer.state).load_from_json(str(checkpoint / train_out.STATE))
     before: int = state.global_step
     if before < trainer.args.max_steps and not train_loop.stopped_early(options, state):
-        print(f"going on after step {before} of {trainer.args.max_steps}, {checkpoint}", flush=True)
+        say(f"going on after step {before} of {trainer.args.max_steps}, {checkpoint}")
         trainer.train(resume_from_checkpoint=str(checkpoint))
     else:  # all but the end was done; the Trainer would make one step more
         train_loop.load_adapter(trainer.model, checkpoint)
@@ -152,14 +156,13 @@ def _train(options: Options, trainer: Any, checkpoint: Path | None) -> int:
     return before
 
 
-def _stopped(options: Options, trainer: Any, stop: train_loop.Stop) -> int:
+def _stopped(options: Options, trainer: Any, stop: train_loop.Stop) -> Stopped:
     step, steps = trainer.state.global_step, trainer.args.max_steps
-    print(
-        f"peft-fast: stopped after step {step} of {steps}, saved in {options.out / f'checkpoint-{step}'}: "
-        "the same command goes on from there",
-        file=sys.stderr,
+    saved = options.out / f"checkpoint-{step}"
+    return Stopped(
+        f"stopped after step {step} of {steps}, saved in {saved}: the same command goes on from there",
+        143 if stop.signal == signal.SIGTERM else 130,
     )
-    return 143 if stop.signal == signal.SIGTERM else 130
 
 
 @contextmanager

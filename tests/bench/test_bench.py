@@ -27,7 +27,7 @@ from bench.subjects.registry import SUBJECTS
 from bench.subjects.subject import Measured, TakesNoPart, measure_case
 from peft_fast.cli import bench as bench_command
 from peft_fast.cli.main import main as cli_main
-from peft_fast.jobs.errors import CommandError
+from peft_fast.jobs.errors import JobError
 from peft_fast.tuning import clock
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +189,7 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(
         bench_command.importlib.util, "find_spec", lambda name: None if name == "pytest_benchmark" else found(name)
     )
-    with pytest.raises(CommandError, match=r"bench needs pytest-benchmark: pip install"):
+    with pytest.raises(JobError, match=r"bench needs pytest-benchmark: pip install"):
         bench_command.run(run_arguments())
 
 

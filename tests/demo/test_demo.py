@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from peft_fast.cli.main import main
 from peft_fast.demo import batch as demo_batch, data as demo_data, report as demo_report, run as demo
-from peft_fast.jobs.errors import CommandError
+from peft_fast.jobs.errors import JobError
 
 NAMES = list(demo_data.NAMES)
 PREFIX = demo_data.CODE
@@ -75,10 +75,10 @@ def test_one_batch_for_all_adapters(finished: Path) -> None:
     assert tokens.tolist() == torch.cat(demo_batch.one_by_one(model, rows, 24)).tolist()
     for i, row in enumerate(rows):
         demo_batch.check(model, row, tokens[i])
-        with pytest.raises(CommandError, match=f"mixed batch, {NAMES[i - 1]}: token .* is not the one"):
+        with pytest.raises(JobError, match=f"mixed batch, {NAMES[i - 1]}: token .* is not the one"):
             demo_batch.check(model, row._replace(adapter=NAMES[i - 1]), tokens[i])
     model.get_input_embeddings().weight.data.fill_(torch.nan)
-    with pytest.raises(CommandError, match="nan below"):
+    with pytest.raises(JobError, match="nan below"):
         demo_batch.check(model, rows[0], tokens[0])
 
 

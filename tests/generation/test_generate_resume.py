@@ -49,7 +49,7 @@ def test_killed_twice_and_gone_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> 
     job.out.unlink()
     code = """if True:
         import os, signal, sys
-        from peft_fast.cli import generate, generate_results
+        from peft_fast.generation import results as generate_results, run as generate
         from peft_fast.cli.main import main
         generate.WINDOW = 3
         add = generate_results.Results.add

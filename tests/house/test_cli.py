@@ -11,8 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peft_fast
-from peft_fast.cli import check, info, main as cli
+from peft_fast.cli import info
 from peft_fast.cli.main import main
+from peft_fast.jobs import check
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["demo", "--steps", "0"], "at least 1"),
+        (["demo", "--steps", "0"], "1 or more"),
         (["demo", "--steps", "many"], "whole number"),
         (["demo", "--seed", "-1"], "whole number"),
         (["demo", "--stpes", "3"], "unrecognized"),
@@ -107,7 +108,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
     def stopped(args: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(cli.COMMANDS, "info", stopped)
+    monkeypatch.setattr(info, "run", stopped)
     assert main(["info"]) == 130
     assert "stopped" in one_line_error(capsys)
 
@@ -118,7 +119,7 @@ def test_library_error_is_one_line_and_debug_shows_all(
     def broken(args: object) -> int:
         raise ValueError("adapter 'a':\n  something is wrong")
 
-    monkeypatch.setitem(cli.COMMANDS, "info", broken)
+    monkeypatch.setattr(info, "run", broken)
     assert main(["info"]) == 1
     assert one_line_error(capsys).endswith("adapter 'a': something is wrong")
     with pytest.raises(ValueError, match="something is wrong"):

@@ -10,7 +10,7 @@ from train_jobs import TEXTS, Job, labelled, pairs, save_bert, save_llama, save_
 
 from peft_fast.cli.main import main
 from peft_fast.generation.model import ByteCodec
-from peft_fast.jobs.errors import CommandError
+from peft_fast.jobs.errors import JobError
 from peft_fast.training import model as train_model
 from peft_fast.training.data import check
 from peft_fast.training.rows import ByteText, Collator, Rows, TokenizerText, split
@@ -250,7 +250,7 @@ def test_tokenizer(job: Job, tmp_path: Path) -> None:
 def test_a_text_in_which_nothing_is_predicted(job: Job) -> None:
     job.write([{"text": "ab"}, {"text": "a"}])
     rows = rows_of(job, "causal-lm", ByteText(ByteCodec(None, frozenset()), None), 64)
-    with pytest.raises(CommandError, match="line 2: a single token, which nothing predicts"):
+    with pytest.raises(JobError, match="line 2: a single token, which nothing predicts"):
         rows.check_each_has_something_to_learn()
 
 
