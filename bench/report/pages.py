@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..cases.suites import SUITES
-from . import predict as report_predict, scaling as report_scaling
+from . import picture, predict as report_predict, scaling as report_scaling
 from .rows import Files, all_rows, load, machine, rows_of, spread_of, table, time_in_words, where, words_of
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+PICTURE = ROOT / "docs" / "beside_peft.svg"
 RESULTS = Path(__file__).parents[1] / "results"
 NOT_YET = "not measured yet"
 # suite -> the cases that README.md shows beside the one with the worst ratio; "memory CASE": growth of memory;
@@ -80,7 +81,9 @@ def pages(cpu: Files, gpu: Files) -> dict[Path, str]:
     text = with_block(text, "scaling", "\n".join(_scaling_lines(cpu)))
     text = with_block(text, "predictions", "\n".join(_prediction_lines(cpu)))
     text = with_block(text, "gpu", "\n".join(_gpu_lines(gpu)))
-    return {README: with_block(README.read_text(), "headlines", "\n".join(headlines(cpu, gpu))), BENCHMARKS: text}
+    readme = with_block(README.read_text(), "headlines", "\n".join(headlines(cpu, gpu)))
+    readme = with_block(readme, "sentence", picture.sentence(cpu))
+    return {README: readme, BENCHMARKS: text, PICTURE: picture.draw(cpu)}
 
 
 def entries(result: dict[str, Any]) -> dict[str, Entry]:

@@ -247,26 +247,30 @@ def test_base_model_is_what_its_script_makes() -> None:
     assert {name: config[name] for name in scope["CONFIG"]} == scope["CONFIG"]
 
 
-def test_examples_of_the_readme(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """All of its Python, one block after the other, where the demo has run; what they do not define is made up here."""
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
-    assert len(blocks) == 4
+def test_examples_of_the_pages(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's Python, one block after the other, and the first of docs/prompts.md, where the demo has run.
+
+    What they do not define is made up here.
+    """
+    root = Path(__file__).resolve().parents[2]
+    readme, prompts = (
+        re.findall(r"```python\n(.*?)```", (root / page).read_text(encoding="utf-8"), flags=re.S)
+        for page in ("README.md", "docs/prompts.md")
+    )
+    assert len(readme) == 2
     monkeypatch.chdir(copy.parent)
     copy.rename("peft_fast_demo")
-    shutil.copytree("peft_fast_demo/adapters/email", "another_adapter")
     rows = demo_data.windows(demo_data.to_ids(demo_data.texts_of(PREFIX)), 64)
     ids = rows[:4, :16]
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
-    scope: dict[str, Any] = {"batches": rows[:32].split(8), "inputs": inputs}
-    for block in blocks[:3]:
-        exec(block, scope)
-    assert set(scope["model"].peft_config) == {"default", "another", "prefix"}
-    exec(blocks[3], scope)
+    scope: dict[str, Any] = {
+        "batches": rows[:32].split(8),
+        "inputs": {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 8},
+    }
+    exec(readme[0], scope)
+    assert set(scope["model"].peft_config) == {"email", "logging"}
+    exec(readme[1], scope)
     scope["model"].train()(input_ids=ids, labels=ids).loss.backward()
     quantized = [type(module).__name__ for module in scope["model"].modules()]
     assert "Linear4bit" in quantized and all(p.grad is not None for p in scope["model"].parameters() if p.requires_grad)
-    for name in ("my_adapter", "my_prefix"):
-        assert (copy.parent / name / "adapter_model.safetensors").is_file()
+    exec(prompts[0], scope)
+    assert (copy.parent / "my_prefix" / "adapter_model.safetensors").is_file()

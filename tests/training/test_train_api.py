@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from train_jobs import Job, save_llama, texts
 
 from peft_fast.jobs.errors import JobError, Stopped, UsageError
 from peft_fast.training import train
 from peft_fast.training.options import Options, complete
-from train_jobs import Job, save_llama, texts
+
 
 @pytest.fixture
 def job(tmp_path: Path) -> Job:
