@@ -369,8 +369,8 @@ def test_a_base_with_hooks_or_a_patched_forward_is_called(directory: Path) -> No
     logits(model)
     assert len(seen) == 2
     handle.remove()
-    assert site._is_plain_base(torch.ones(2))
-    assert not site._is_plain_base(torch.ones(2).as_subclass(type("Traced", (Tensor,), {})))
+    assert site._base.is_the_librarys(site.base_layer, torch.ones(2))
+    assert not site._base.is_the_librarys(site.base_layer, torch.ones(2).as_subclass(type("Traced", (Tensor,), {})))
 
 
 class _Doubled(bitsandbytes.nn.Linear4bit):

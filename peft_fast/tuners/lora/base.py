@@ -13,6 +13,7 @@ from ...routing.batch import MixedBatch, current, wrong_length
 from ...routing.watch import Scalings
 from .._base_layer import BaseTunerLayer, check_adapters_to_merge
 from . import init
+from .bases import OPAQUE, Opaque
 
 
 class Merged(NamedTuple):
@@ -49,6 +50,8 @@ class LoraLayer(BaseTunerLayer):
         "use_rslora",
         "lora_bias",
     )
+    # what the layer does with its base
+    _base: Opaque = OPAQUE
     # whether the base layer stores its weight as (in, out)
     fan_in_fan_out = False
     # the layer's number in its model's AdapterBank
@@ -235,11 +238,11 @@ class LoraLayer(BaseTunerLayer):
 
     def _merge_one(self, name: str, safe_merge: bool) -> None:
         base_layer: Any = self.get_base_layer()
-        self._check_mergeable(base_layer, name)
+        self._base.check_mergeable(base_layer, name, self.lora_bias[name])
         a, b = (factor.detach() for factor in self._factors(name))
         delta_bias = self._delta_bias(name) if self.lora_bias[name] else None
         merged = Merged(a.clone(), b.clone(), self.scaling[name], delta_bias)
-        weight, delta = self._read_weight(base_layer), self._delta(*merged[:3])
+        weight, delta = self._base.read(base_layer), self._delta(*merged[:3])
         bias = None if delta_bias is None else base_layer.bias.data
         if not safe_merge and not self.shares_weight:
             weight += delta
@@ -254,36 +257,10 @@ class LoraLayer(BaseTunerLayer):
             self._tied_weight.append(base_layer.weight)
             base_layer.weight = nn.Parameter(weight, requires_grad=base_layer.weight.requires_grad)
         else:
-            self._write_weight(base_layer, weight)
+            self._base.write(base_layer, weight)
         if bias is not None:
             base_layer.bias.data = bias
         self._merged[name] = merged
-
-    def _read_weight(self, base_layer: Any) -> Tensor:
-        """The base weight as plain numbers: the weight itself, or a copy where it is kept otherwise."""
-        weight: Tensor = base_layer.weight.data
-        return weight
-
-    def _write_weight(self, base_layer: Any, weight: Tensor) -> None:
-        """Make what `_read_weight` gave, changed, the base weight."""
-        base_layer.weight.data = weight
-
-    def _check_mergeable(self, base_layer: Any, name: str) -> None:
-        weight = getattr(base_layer, "weight", None)
-        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 1:
-            raise ValueError(
-                f"Cannot merge adapter {name!r} into a {type(base_layer).__name__} whose weight is quantized "
-                f"({getattr(weight, 'dtype', 'no weight')}): this format cannot be dequantized and quantized again here"
-            )
-        if self.lora_bias[name] and getattr(base_layer, "bias", None) is None:
-            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        if "weight" not in base_layer._parameters and isinstance(base_layer, nn.Linear | nn.Embedding | _CONVOLUTIONS):
-            raise ValueError(
-                f"Cannot merge adapter {name!r} into a {type(base_layer).__name__} whose weight is made anew in every "
-                "forward (a parametrization, weight_norm): what is added to it would be lost. Remove the "
-                "parametrization first (torch.nn.utils.parametrize.remove_parametrizations), or keep the adapter "
-                "unmerged"
-            )
 
     def _delta_bias(self, name: str) -> Tensor:
         lora_B: Any = self.lora_B[name]
@@ -298,17 +275,14 @@ class LoraLayer(BaseTunerLayer):
         while self.merged_adapters:
             merged = self._merged.pop(self.merged_adapters.pop())
             if not self._tied_weight:
-                weight = self._read_weight(base_layer)
+                weight = self._base.read(base_layer)
                 a, b = merged.a.to(weight.device), merged.b.to(weight.device)
                 weight -= self._delta(a, b, merged.scaling).to(weight.dtype)
-                self._write_weight(base_layer, weight)
+                self._base.write(base_layer, weight)
             if merged.bias is not None:
                 base_layer.bias.data -= merged.bias.to(base_layer.bias.device)
         if self._tied_weight:
             base_layer.weight = self._tied_weight.pop()
-
-
-_CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 
 def check_not_merged(layers: Iterable[LoraLayer]) -> None:

@@ -24,100 +24,79 @@ from ...ops.quantized_functional import (
 )
 from ...quantized.weights import four_bit_of, int8_of, kind_of, pack_for_cpu, packs_for_cpu, read, weight_of, write
 from .._base_layer import BaseTunerLayer
-from .layer import _TENSORS, Linear, _Adapter, _is_plain
+from .bases import TENSORS, Adapter, Opaque, check_place_for_bias, is_plain
+from .layer import Linear
 
 __all__ = ["Linear4bit", "Linear8bitLt", "TorchaoLoraLinear", "dispatch_quantized"]
 
 
-class _QuantizedLinear(Linear):
-    """What the layers share: merging. `what` is the format's name in PEFT's warning."""
+class _Quantized(Opaque):
+    """What the formats share: merging dequantizes, adds and quantizes again. `what`: the format in PEFT's warning."""
 
     what = ""
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.fan_in_fan_out = False
+    def read(self, layer: Any) -> Tensor:
+        return read(layer)
 
-    def _check_mergeable(self, base_layer: Any, name: str) -> None:
-        if self.lora_bias[name] and base_layer.bias is None:
-            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-
-    def _read_weight(self, base_layer: Any) -> Tensor:
-        return read(base_layer)
-
-    def _write_weight(self, base_layer: Any, weight: Tensor) -> None:
+    def write(self, layer: Any, weight: Tensor) -> None:
         warnings.warn(
             f"Merge lora module to {self.what} linear may get different generations due to rounding errors.",
             stacklevel=5,
         )
-        write(base_layer, weight)
+        write(layer, weight)
 
-    def _product_with(self, w: Any, x: Tensor, adapter: _Adapter, bias: Tensor | None) -> Tensor:
-        """Base and adapter in one op, in x's dtype."""
-        a, b, lora_bias, scaling, p = adapter
-        seed = new_seed(x.device) if p > 0 else None
-        bias = None if bias is None else bias.to(x.dtype)
-        y = lora_linear_quantized(x, w, a, b, scaling, bias, dropout_p=p, seed=seed)
-        return y if lora_bias is None else (y + scaling * lora_bias).to(y.dtype)
+    def check_mergeable(self, layer: Any, adapter: str, lora_bias: bool) -> None:
+        check_place_for_bias(layer, lora_bias)
 
-    def _is_plain_base(self, x: Tensor) -> bool:
-        """Whether calling the base layer is bitsandbytes' forward and nothing else, on x's device."""
-        base_layer: Any = self._modules["base_layer"]
-        weight = base_layer._parameters.get("weight")
+    def is_the_librarys(self, layer: Any, x: Tensor) -> bool:
+        """Whether calling the layer is bitsandbytes' forward and nothing else, on x's device."""
+        weight = layer._parameters.get("weight")
         return (
-            _is_plain(base_layer, type(base_layer))
-            and _is_of_the_library(base_layer)
-            and type(x) in _TENSORS
+            is_plain(layer, type(layer))
+            and _is_of_the_library(layer)
+            and type(x) in TENSORS
             and weight is not None
             and weight.device == x.device
             and type(weight).__module__.startswith("bitsandbytes.")
         )
 
 
-class Linear4bit(_QuantizedLinear):
-    """LoRA on bitsandbytes' Linear4bit: NF4 or FP4, with or without double quantization."""
+class FourBit(_Quantized):
+    """bitsandbytes' Linear4bit: NF4 or FP4, with or without double quantization."""
 
     what = "4-bit"
 
-    def _run_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        base_layer: Any = self._modules["base_layer"]
-        if self._packed(base_layer, x) or not x.is_cpu or args or kwargs or not self._is_plain_base(x):
-            return super()._run_base(x, *args, **kwargs)
-        w = weight_of(base_layer)
-        compute, bias = _compute_dtype(base_layer, x), base_layer.bias
-        y = linear_quantized(x.to(compute), w, None if bias is None else bias.to(compute))
+    def run(self, layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if _packed(layer, x) or not x.is_cpu or args or kwargs or not self.is_the_librarys(layer, x):
+            return super().run(layer, x, *args, **kwargs)
+        compute, bias = _compute_dtype(layer, x), layer.bias
+        y = linear_quantized(x.to(compute), weight_of(layer), None if bias is None else bias.to(compute))
         return y.to(x.dtype)
 
-    def _fused(self, base_layer: Any, x: Tensor, adapter: _Adapter) -> Tensor | None:
-        if self._packed(base_layer, x):
+    def with_adapter(self, layer: Any, x: Tensor, adapter: Adapter) -> Tensor | None:
+        if _packed(layer, x):
             return None
         dtype = _autocast_dtype(x) or x.dtype
-        if adapter[0].device != x.device or dtype != _compute_dtype(base_layer, x) or not self._is_plain_base(x):
+        if adapter[0].device != x.device or dtype != _compute_dtype(layer, x) or not self.is_the_librarys(layer, x):
             return None
-        w, x2 = four_bit_of(base_layer), x.to(dtype)
+        w, x2 = four_bit_of(layer), x.to(dtype)
         if not x.is_cpu and not torch.is_grad_enabled() and not has_kernel("lora_linear_4bit", x2, w, len(adapter[0])):
             return None  # bitsandbytes' own products for few rows
-        return self._product_with(w, x2, adapter, base_layer.bias).to(x.dtype)
+        return _with_adapter(w, x2, adapter, layer.bias).to(x.dtype)
 
-    def mixed_product(self, x: Tensor, site: MixedSite, plan: MixedPlan) -> Tensor | None:
-        """Base and the rows' adapters in one launch, or None where no kernel is chosen for that."""
-        base_layer: Any = self._modules["base_layer"]
-        dtype = _compute_dtype(base_layer, x)
-        if (_autocast_dtype(x) or x.dtype) != dtype or not self._is_plain_base(x):
+    def with_rows(self, layer: Any, x: Tensor, site: MixedSite, plan: MixedPlan, how: str) -> Tensor | None:
+        """In one launch, or None where no kernel is chosen for that."""
+        dtype = _compute_dtype(layer, x)
+        if (_autocast_dtype(x) or x.dtype) != dtype or not self.is_the_librarys(layer, x):
             return None
-        w, x2, bias = four_bit_of(base_layer), x.to(dtype), base_layer.bias
+        w, x2, bias = four_bit_of(layer), x.to(dtype), layer.bias
         if not has_kernel("lora_linear_mixed_4bit", x2, w, site.max_rank):
             return None
         return lora_linear_mixed_4bit(x2, w, site, plan, None if bias is None else bias.to(dtype)).to(x.dtype)
 
-    @staticmethod
-    def _packed(base_layer: Any, x: Tensor) -> bool:
-        """Whether bitsandbytes' fast product for inference on CPUs takes this call."""
-        return packs_for_cpu(base_layer, x) and _is_of_the_library(base_layer) and pack_for_cpu(base_layer)
 
-
-class Linear8bitLt(_QuantizedLinear):
-    """LoRA on bitsandbytes' Linear8bitLt.
+class EightBit(_Quantized):
+    """bitsandbytes' Linear8bitLt.
 
     On a CPU its training is a product with the dequantized weight, which is fused; in inference, and on a GPU, it
     quantizes the activations too: bitsandbytes' layer runs, or in inference the kernel where it is chosen.
@@ -125,55 +104,58 @@ class Linear8bitLt(_QuantizedLinear):
 
     what = "8-bit"
 
-    def _fused(self, base_layer: Any, x: Tensor, adapter: _Adapter) -> Tensor | None:
-        if x.is_cpu and not base_layer.training and QUANT_VARIABLE not in os.environ:
+    def with_adapter(self, layer: Any, x: Tensor, adapter: Adapter) -> Tensor | None:
+        if x.is_cpu and not layer.training and QUANT_VARIABLE not in os.environ:
             return None  # before anything is looked up: this runs once per token and layer
         a, b, lora_bias, scaling, p = adapter
-        if a.device != x.device or base_layer.state.has_fp16_weights or not self._is_plain_base(x):
+        if a.device != x.device or layer.state.has_fp16_weights or not self.is_the_librarys(layer, x):
             return None
-        w, x, bias = int8_of(base_layer), x.to(_autocast_dtype(x) or x.dtype), base_layer.bias
-        if x.is_cpu and base_layer.training:
-            return self._product_with(w, x, adapter, bias)
+        w, x, bias = int8_of(layer), x.to(_autocast_dtype(x) or x.dtype), layer.bias
+        if x.is_cpu and layer.training:
+            return _with_adapter(w, x, adapter, bias)
         if torch.is_grad_enabled() or p > 0 or lora_bias is not None:
             return None
         if not has_kernel("lora_linear_int8", x, w, len(a)):
             return None
-        return lora_linear_int8(
-            x, w, a, b, scaling, None if bias is None else bias.to(x.dtype), base_layer.state.threshold
-        )
+        return lora_linear_int8(x, w, a, b, scaling, None if bias is None else bias.to(x.dtype), layer.state.threshold)
 
 
-class TorchaoLoraLinear(_QuantizedLinear):
-    """LoRA on a linear layer whose weight is a tensor of torchao: an opaque base that can be merged into.
+class Torchao(_Quantized):
+    """A linear layer whose weight is a tensor of torchao: called as it is, and can be merged into.
 
-    Args: get_apply_tensor_subclass: gives the configuration that the weight was quantized with; of the model's
-        quantizer in transformers. Without it merging raises.
+    Args: requantize: gives the configuration that the weight was quantized with. Without it merging raises.
     """
 
     what = "torchao"
 
-    def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        config: Any,
-        get_apply_tensor_subclass: Callable[[], Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(base_layer, adapter_name, config, **kwargs)
-        self.get_apply_tensor_subclass = get_apply_tensor_subclass
+    def __init__(self, requantize: Callable[[], Any] | None) -> None:
+        self.requantize = requantize
 
-    def _check_mergeable(self, base_layer: Any, name: str) -> None:
-        super()._check_mergeable(base_layer, name)
-        if self.get_apply_tensor_subclass is None:
+    def check_mergeable(self, layer: Any, adapter: str, lora_bias: bool) -> None:
+        super().check_mergeable(layer, adapter, lora_bias)
+        if self.requantize is None:
             raise ValueError(
-                f"Cannot merge adapter {name!r} into a torchao weight: how it was quantized is not known. Load the "
+                f"Cannot merge adapter {adapter!r} into a torchao weight: how it was quantized is not known. Load the "
                 "base model with transformers and a TorchAoConfig, which keeps that"
             )
 
-    def _write_weight(self, base_layer: Any, weight: Tensor) -> None:
-        subclass: Any = self.get_apply_tensor_subclass  # `_check_mergeable` has seen it
-        write(base_layer, weight, subclass())
+    def write(self, layer: Any, weight: Tensor) -> None:
+        subclass: Any = self.requantize  # `check_mergeable` has seen it
+        write(layer, weight, subclass())
+
+
+def _with_adapter(w: Any, x: Tensor, adapter: Adapter, bias: Tensor | None) -> Tensor:
+    """Base and adapter in one op, in x's dtype."""
+    a, b, lora_bias, scaling, p = adapter
+    seed = new_seed(x.device) if p > 0 else None
+    bias = None if bias is None else bias.to(x.dtype)
+    y = lora_linear_quantized(x, w, a, b, scaling, bias, dropout_p=p, seed=seed)
+    return y if lora_bias is None else (y + scaling * lora_bias).to(y.dtype)
+
+
+def _packed(layer: Any, x: Tensor) -> bool:
+    """Whether bitsandbytes' fast product for inference on CPUs takes this call."""
+    return packs_for_cpu(layer, x) and _is_of_the_library(layer) and pack_for_cpu(layer)
 
 
 def _is_of_the_library(base_layer: nn.Module) -> bool:
@@ -189,11 +171,55 @@ def _compute_dtype(base_layer: Any, x: Tensor) -> torch.dtype:
     return dtype or x.dtype
 
 
-_LAYERS: dict[str, type[_QuantizedLinear]] = {
-    "bnb 4bit": Linear4bit,
-    "bnb 8bit": Linear8bitLt,
-    "torchao": TorchaoLoraLinear,
-}
+class _QuantizedLinear(Linear):
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: Any, **kwargs: Any) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self.fan_in_fan_out = False
+
+
+class Linear4bit(_QuantizedLinear):
+    """LoRA on bitsandbytes' Linear4bit."""
+
+    def _base_of(self, base_layer: nn.Module) -> Opaque:
+        return FourBit()
+
+
+class Linear8bitLt(_QuantizedLinear):
+    """LoRA on bitsandbytes' Linear8bitLt."""
+
+    def _base_of(self, base_layer: nn.Module) -> Opaque:
+        return EightBit()
+
+
+class TorchaoLoraLinear(_QuantizedLinear):
+    """LoRA on a linear layer of torchao.
+
+    Args: get_apply_tensor_subclass: gives the configuration that the weight was quantized with; of the model's
+        quantizer in transformers. Without it merging raises.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: Any,
+        get_apply_tensor_subclass: Callable[[], Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, config, **kwargs)
+        self._base: Torchao = Torchao(get_apply_tensor_subclass)
+
+    @property
+    def get_apply_tensor_subclass(self) -> Callable[[], Any] | None:
+        """As it was given; it can be set later."""
+        return self._base.requantize
+
+    @get_apply_tensor_subclass.setter
+    def get_apply_tensor_subclass(self, value: Callable[[], Any] | None) -> None:
+        self._base.requantize = value
+
+
+_LAYERS: dict[str, type[Linear]] = {"bnb 4bit": Linear4bit, "bnb 8bit": Linear8bitLt, "torchao": TorchaoLoraLinear}
 
 
 def dispatch_quantized(

@@ -1,8 +1,8 @@
 """LoRA on linear layers, embeddings and convolutions.
 
-A linear base that is understood runs fused with its first active adapter (`lora_linear`). Everything else is an opaque
-base: it is called as a module, so hooks, patched forwards, sharding and quantization keep working, and the adapters are
-added to what it returns (`lora_update`). Adapters that are not plain themselves run as the modules they are.
+A linear base that is understood (bases.py) runs in one operator with its first active adapter. Everything else is
+called as the module it is, and the adapters are added to what it returns (`lora_update`). Adapters that are not plain
+themselves run as the modules they are.
 """
 
 import warnings
@@ -13,19 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
-from ...ops.functional import MixedPlan, MixedSite, lora_linear, lora_update, new_seed
+from ...ops.functional import lora_update, new_seed
 from ...routing.batch import current
 from .._base_layer import BaseTunerLayer
 from . import mixed
 from .base import LoraLayer, is_transformers_conv1d
+from .bases import OPAQUE, TENSORS, Adapter, Opaque, Plain, is_plain
 
 __all__ = ["Conv1d", "Conv2d", "Conv3d", "Embedding", "Linear", "LoraLayer", "dispatch_default"]
-
-
-# What the ops need of one adapter for one call: a, b, bias of lora_B, scaling, probability of dropout.
-_Adapter = tuple[Tensor, Tensor, Tensor | None, float, float]
-# Subclasses (quantized, distributed, traced tensors) bring operators of their own.
-_TENSORS = (nn.Parameter, Tensor)
 
 
 class _LoraModule(nn.Module, LoraLayer):
@@ -77,7 +72,7 @@ class Linear(_LoraModule):
     ) -> None:
         self.fan_in_fan_out = config.fan_in_fan_out
         self.is_target_conv_1d_layer = is_target_conv_1d_layer
-        self._fusable_type = type(base_layer) if _is_known_linear(base_layer) else None
+        self._base = self._base_of(base_layer)
         super().__init__(base_layer, adapter_name, config, r, lora_alpha, **kwargs)
 
     def _create_weights(self, adapter_name: str, r: int, config: Any) -> None:
@@ -112,45 +107,43 @@ class Linear(_LoraModule):
                 adapter = self._plain_adapter(x, name)
                 if result is None:
                     if adapter is not None and not args and not kwargs:
-                        result = self._fused(base_layer, x, adapter)
+                        result = self._base.with_adapter(base_layer, x, adapter)
                         if result is not None:
                             continue
-                    result = self._run_base(x, *args, **kwargs)
+                    result = self._base.run(base_layer, x, *args, **kwargs)
                 if adapter is None:
                     result = (result + self._low_rank(x, name)).to(result.dtype)
                 else:
                     result = _update(result, x, adapter)
         elif self.merged_adapters:
             self.unmerge()
-        return self._run_base(x, *args, **kwargs) if result is None else result
+        return self._base.run(base_layer, x, *args, **kwargs) if result is None else result
 
-    def _run_base(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's own output."""
-        y: Tensor = self._modules["base_layer"](x, *args, **kwargs)  # type: ignore[misc]
-        return y
+    def _base_of(self, base_layer: nn.Module) -> Opaque:
+        """What this layer does with a base of that kind."""
+        kind = type(base_layer)
+        if kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"):
+            return Plain(kind, transposed=self.is_target_conv_1d_layer)
+        return OPAQUE
 
-    def mixed_product(self, x: Tensor, site: MixedSite, plan: MixedPlan) -> Tensor | None:
-        """The layer's output for a mixed batch, of a base that has a product of its own for that; None of others."""
-        return None
-
-    def _plain_adapter(self, x: Tensor, name: str) -> _Adapter | None:
+    def _plain_adapter(self, x: Tensor, name: str) -> Adapter | None:
         """The adapter's tensors, or None if it or x is anything but plain: then its modules have to be called."""
         modules: Any = self._modules
         lora_A, lora_B = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         dropout = modules["lora_dropout"]._modules[name]
-        if _has_any_global_hook() or type(x) not in _TENSORS:  # type: ignore[no-untyped-call]
+        if _has_any_global_hook() or type(x) not in TENSORS:  # type: ignore[no-untyped-call]
             return None
-        if not (_is_plain(lora_A, nn.Linear) and _is_plain(lora_B, nn.Linear)):
+        if not (is_plain(lora_A, nn.Linear) and is_plain(lora_B, nn.Linear)):
             return None
         p = 0.0
         if type(dropout) is not nn.Identity:
-            if not _is_plain(dropout, nn.Dropout) or dropout.p >= 1:
+            if not is_plain(dropout, nn.Dropout) or dropout.p >= 1:
                 return None
             p = dropout.p if dropout.training else 0.0
-        elif not _is_plain(dropout, nn.Identity):
+        elif not is_plain(dropout, nn.Identity):
             return None
         a, b = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
-        if type(a) not in _TENSORS or type(b) not in _TENSORS or a.dtype.itemsize == 1:
+        if type(a) not in TENSORS or type(b) not in TENSORS or a.dtype.itemsize == 1:
             return None
         return a, b, lora_B._parameters["bias"], self.scaling[name], p
 
@@ -161,63 +154,23 @@ class Linear(_LoraModule):
         """
         modules: Any = self._modules
         lora_A, lora_B = modules["lora_A"]._modules.get(name), modules["lora_B"]._modules.get(name)
-        if not (_is_plain(lora_A, nn.Linear) and _is_plain(lora_B, nn.Linear)):
+        if not (is_plain(lora_A, nn.Linear) and is_plain(lora_B, nn.Linear)):
             return None
         a, b = lora_A._parameters["weight"], lora_B._parameters["weight"]
-        if lora_B._parameters["bias"] is not None or type(a) not in _TENSORS or type(b) not in _TENSORS:
+        if lora_B._parameters["bias"] is not None or type(a) not in TENSORS or type(b) not in TENSORS:
             return None
         dropout = modules["lora_dropout"]._modules[name]
-        if a.dtype.itemsize == 1 or dropout.training or not _is_plain(dropout, type(dropout)):
+        if a.dtype.itemsize == 1 or dropout.training or not is_plain(dropout, type(dropout)):
             return None
         return a, b, self.scaling[name]
 
-    def _plain_base(self, x: Tensor) -> bool:
-        """Whether calling the base layer is the product with its weight, and nothing else."""
-        base_layer: Any = self._modules["base_layer"]
-        if self._fusable_type is None or not _is_plain(base_layer, self._fusable_type):
-            return False
-        w = base_layer._parameters.get("weight")
-        if type(w) not in _TENSORS or w.requires_grad or w.device != x.device:
-            return False
-        # where dtypes differ the base layer says what is wrong
-        return w.dtype == x.dtype or torch.is_autocast_enabled(x.device.type)
 
-    def _fused(self, base_layer: Any, x: Tensor, adapter: _Adapter) -> Tensor | None:
-        """Base and adapter in one op, or None if the base layer is not exactly what it seems."""
-        a, b, lora_bias, scaling, p = adapter
-        if not self._plain_base(x) or a.device != x.device:
-            return None
-        w, bias = base_layer._parameters["weight"], base_layer._parameters["bias"]
-        if self.is_target_conv_1d_layer:
-            w = w.T
-        seed = new_seed(x.device) if p > 0 else None
-        y = lora_linear(x, w, a, b, scaling, bias, dropout_p=p, seed=seed)
-        return y if lora_bias is None else (y + scaling * lora_bias).to(y.dtype)
-
-
-def _update(result: Tensor, x: Tensor, adapter: _Adapter) -> Tensor:
+def _update(result: Tensor, x: Tensor, adapter: Adapter) -> Tensor:
     """`result` plus a plain adapter, in result's dtype."""
     a, b, lora_bias, scaling, p = adapter
     seed = new_seed(x.device) if p > 0 else None
     y = lora_update(result, x, a, b, scaling, dropout_p=p, seed=seed)
     return y if lora_bias is None else (y + scaling * lora_bias).to(y.dtype)
-
-
-def _is_known_linear(base_layer: nn.Module) -> bool:
-    kind = type(base_layer)
-    return kind is nn.Linear or (kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils")
-
-
-def _is_plain(module: Any, kind: Any) -> bool:
-    """Whether calling the module is exactly its class's forward: this very class, no hooks, forward not patched."""
-    return not (
-        type(module) is not kind
-        or module._forward_pre_hooks
-        or module._forward_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 class Embedding(_LoraModule):
@@ -279,6 +232,13 @@ class Embedding(_LoraModule):
         return torch.tensor(scale, device=base.weight.device, dtype=base.weight.dtype)
 
 
+class _Convolution(Opaque):
+    def check_mergeable(self, layer: Any, adapter: str, lora_bias: bool) -> None:
+        if layer.groups > 1:
+            raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
+        super().check_mergeable(layer, adapter, lora_bias)
+
+
 class _ConvNd(_LoraModule):
     """LoRA on a convolution: A is a convolution of the base's geometry to R channels, B one of kernel size 1.
 
@@ -288,6 +248,7 @@ class _ConvNd(_LoraModule):
     """
 
     conv: type[nn.Module]
+    _base = _Convolution()
 
     def _create_weights(self, adapter_name: str, r: int, config: Any) -> None:
         base: Any = self.get_base_layer()
@@ -308,11 +269,6 @@ class _ConvNd(_LoraModule):
 
     def _product(self, a: Tensor, b: Tensor) -> Tensor:
         return (b.flatten(1) @ a.flatten(1)).view(b.shape[0], *a.shape[1:])
-
-    def _check_mergeable(self, base_layer: Any, name: str) -> None:
-        if base_layer.groups > 1:
-            raise NotImplementedError("Merging is not supported for _ConvNd layers with groups > 1!")
-        super()._check_mergeable(base_layer, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the adapters', in its dtype. Arguments and errors as in `Linear.forward`."""

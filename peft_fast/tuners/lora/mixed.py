@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.hooks import RemovableHandle
 
-from ...ops.functional import lora_embedding_mixed, lora_linear_mixed, lora_update_mixed
+from ...ops.functional import lora_embedding_mixed, lora_update_mixed
 from ...reference.mixed import add_few, as_array, few_rows, lora_mixed
 from ...routing.batch import MixedBatch
 
@@ -30,22 +30,17 @@ def linear(layer: Linear, batch: MixedBatch, x: Tensor, *args: Any, **kwargs: An
     adapters: Any = layer.lora_A
     count = batch.count_rows(x.shape[:-1])
     if batch.on_host(x, lambda name: name in adapters and any(p.requires_grad for p in adapters[name].parameters())):
-        output = layer._run_base(x, *args, **kwargs)
+        base: Any = layer.base_layer
+        output = layer._base.run(base, x, *args, **kwargs)
         # only what is known to be new memory is written to
-        fresh = layer._plain_base(x) and not args and not kwargs and not torch.is_grad_enabled()
+        fresh = layer._base.is_product(base, x) and not args and not kwargs and not torch.is_grad_enabled()
         return _linear_on_host(layer, batch, x, output, fresh, count)
     plan, how = batch.plan(count, x.device), batch.implementation
     site = batch.bank.sites[layer.mixed_site]  # after the plan, which may give adapters slots
-    result: Tensor | None = None
-    if not args and not kwargs:
-        if layer._plain_base(x) and not torch.is_autocast_enabled(x.device.type):
-            base: Any = layer.base_layer
-            weight = base.weight.T if layer.is_target_conv_1d_layer else base.weight
-            result = lora_linear_mixed(x, weight, site, plan, base.bias, implementation=how)
-        else:
-            result = layer.mixed_product(x, site, plan)
+    base = layer.base_layer
+    result = None if args or kwargs else layer._base.with_rows(base, x, site, plan, how)
     if result is None:
-        result = layer._run_base(x, *args, **kwargs)
+        result = layer._base.run(base, x, *args, **kwargs)
         result = lora_update_mixed(result, x.to(result.dtype), site, plan, implementation=how)
     return _with_odd(layer, batch, x, result, batch.bank.odd_at(layer.mixed_site))
 
@@ -105,7 +100,7 @@ class HostAdapter:
         self._parameters: list[Any] = []
         self._scalings: list[dict[str, float]] = []
         for layer in layers:
-            entry = layer.mixed_entry(name) if hasattr(layer, "_plain_base") else None
+            entry = layer.mixed_entry(name) if name in layer.lora_A else None
             if entry is not None:
                 a, b = as_array(entry[0]), as_array(entry[1])
                 self.arrays[layer.mixed_site] = a, b, entry[2]
