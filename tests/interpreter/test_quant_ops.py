@@ -5,15 +5,14 @@ import pytest
 import torch
 
 import peft_fast
-from peft_fast.ops import quantized_functional
 from peft_fast.ops.functional import MixedSite, mixed_plan
-from peft_fast.ops.quantized_functional import (
+from peft_fast.quantized import functional as quantized_functional, weights as quant
+from peft_fast.quantized.functional import (
     linear_quantized,
     lora_linear_int8,
     lora_linear_mixed_4bit,
     lora_linear_quantized,
 )
-from peft_fast.quantized import weights as quant
 
 
 @pytest.fixture(params=["nf4", "nf4-dq", "fp4"])

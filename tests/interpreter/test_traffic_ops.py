@@ -18,8 +18,8 @@ from traffic import COUNTED, Launch, counting
 from traffic_models import check
 
 from bench.cases.kinds import MixedOpCase, OpCase, PrefixSiteCase, QuantSiteCase, QuantWeightCase
-from peft_fast.ops import functional, quantized_functional
-from peft_fast.quantized import weights as quant
+from peft_fast.ops import functional
+from peft_fast.quantized import functional as quantized_functional, weights as quant
 
 
 def moved(launches: list[Launch]) -> int:

@@ -14,8 +14,8 @@ from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 from torch import Tensor
 
 from peft_fast.ops.choice import choose
-from peft_fast.ops.quantized_functional import linear_quantized, lora_linear_quantized
 from peft_fast.quantized import weights as quant
+from peft_fast.quantized.functional import linear_quantized, lora_linear_quantized
 from peft_fast.reference import quantized as reference_quant
 
 SHAPES = [(64, 128), (48, 96), (33, 70), (17, 5), (256, 512)]

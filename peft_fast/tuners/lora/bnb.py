@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...ops.functional import MixedPlan, MixedSite, _autocast_dtype, new_seed
 from ...ops.operators import QUANT_VARIABLE
-from ...ops.quantized_functional import (
+from ...quantized.functional import (
     has_kernel,
     linear_quantized,
     lora_linear_int8,

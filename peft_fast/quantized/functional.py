@@ -5,12 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..quantized.weights import FourBit, Int8
-from .choice import requested
-from .fourbit_linear import linear_4bit, linear_mixed_4bit
-from .functional import _check, _check_mixed, _peft_update, _within_range
-from .mixed_plan import MixedPlan, MixedSite
-from .quantized import LinearQuantized, LoraLinearQuantized, linear_int8, quantized_name
+from ..ops.choice import requested
+from ..ops.fourbit_linear import linear_4bit, linear_mixed_4bit
+from ..ops.functional import _check, _check_mixed, _peft_update, _within_range
+from ..ops.mixed_plan import MixedPlan, MixedSite
+from ..ops.quantized import LinearQuantized, LoraLinearQuantized, linear_int8, quantized_name
+from .weights import FourBit, Int8
 
 _lora_linear_quantized: Any = LoraLinearQuantized.apply
 _linear_quantized: Any = LinearQuantized.apply
