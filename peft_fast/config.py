@@ -19,6 +19,7 @@ from typing import Any
 
 from .checkpoint import CONFIG_NAME, check_prompt_config, config_json, locate, read_config
 from .checkpoint.atomic import replace_files
+from .utils.error import UnknownMethodError
 from .utils.peft_types import PeftType, TaskType
 
 __all__ = ["PeftConfig", "PeftConfigMixin", "PromptLearningConfig", "PushToHubMixin", "config_class"]
@@ -39,10 +40,15 @@ CONFIG_CLASSES: dict[PeftType, str] = {
 def config_class(peft_type: Any) -> type[PeftConfig]:
     """The configuration class of a method.
 
-    Raises: KeyError if PEFT knows no such method; ValueError if PEFT has it and peft_fast has not.
+    Raises: UnknownMethodError (a ValueError, and a KeyError as in PEFT) if PEFT knows no such method; ValueError if
+        PEFT has it and peft_fast has not.
     """
     if peft_type not in list(PeftType):
-        raise KeyError(peft_type)
+        known = ", ".join(kind.value for kind in CONFIG_CLASSES)
+        raise UnknownMethodError(
+            f"peft_type {peft_type!r} is not known (supported: {known}). The file may come from a newer version of "
+            "peft, or from another library"
+        )
     peft_type = PeftType(peft_type)
     if peft_type not in CONFIG_CLASSES:
         supported = ", ".join(sorted(t.value for t in CONFIG_CLASSES))

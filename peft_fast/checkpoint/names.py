@@ -7,6 +7,7 @@ the library does not control, so a name is checked before it is used for either.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 CONFIG_NAME = "adapter_config.json"
@@ -18,6 +19,16 @@ DEFAULT_ADAPTER = "default"
 _WINDOWS_DEVICES = {"con", "prn", "aux", "nul"} | {f"{stem}{i}" for stem in ("com", "lpt") for i in range(1, 10)}
 _FORBIDDEN = set('/\\<>:"|?*.')
 _MAX_BYTES = 200
+
+
+COMPILED_LEVEL = "_orig_mod."  # that torch.compile puts before the modules of what it compiles
+_ADAPTER_LEVEL = re.compile(r"\.(?:(lora_[AB])\.[^.]+(?=\.(?:weight|bias)$)|(lora_embedding_[AB])\.[^.]+$)")
+
+
+def plain_name(name: str) -> str:
+    """The name that PEFT gives a tensor in a file: without torch.compile's level, and without an adapter's name."""
+    name = name.replace(COMPILED_LEVEL, "")
+    return _ADAPTER_LEVEL.sub(lambda found: f".{found[1] or found[2]}", name)
 
 
 def check_adapter_name(name: str) -> str:

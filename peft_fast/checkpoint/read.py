@@ -67,8 +67,8 @@ class WeightsFile:
         """
         if not key_mapping:
             return
-        stored: dict[str, str] = {}
-        for name in self.tensors:
+
+        def mapped(name: str) -> str:
             prefix = next((p for p in ("base_model.model.", "base_model.") if name.startswith(p)), None)
             if prefix is None:
                 raise ValueError(f"{self.where}: key_mapping needs names with 'base_model.', got tensor {name!r}")
@@ -77,25 +77,36 @@ class WeightsFile:
                 new, count = re.subn(pattern, replacement, new)
                 if count:
                     break
-            if prefix + new in stored:
+            return prefix + new
+
+        self.map_names(mapped, "key_mapping")
+
+    def map_names(self, new_name: Callable[[str], str], who: str) -> None:
+        """Give the tensors other names; ``who``, in an error, does. Raises: ValueError if two tensors get one name."""
+        old_name: dict[str, str] = {}
+        for name in self.tensors:
+            new = new_name(name)
+            if new in old_name:
                 raise ValueError(
-                    f"{self.where}: key_mapping gives tensors {stored[prefix + new]!r} and {name!r} the same name "
-                    f"{prefix + new!r}"
+                    f"{self.where}: {who} gives tensors {old_name[new]!r} and {name!r} the same name {new!r}"
                 )
-            stored[prefix + new] = name
-        self.tensors = {new: self.tensors[name] for new, name in stored.items()}
-        self._stored_name = stored
+            old_name[new] = name
+        self._stored_name = {new: self._stored_name.get(name, name) for new, name in old_name.items()}
+        self.tensors = {new: self.tensors[name] for new, name in old_name.items()}
 
     def load(self, device: str | torch.device = "cpu", names: Iterable[str] | None = None) -> dict[str, Tensor]:
         """The tensors (all, or `names`) on `device`, owning their memory: later changes of the file do not show.
 
+        Those of 8 bits are read as float32, the same numbers: torch has no products of them.
         Raises: ValueError if the data of a tensor cannot be read.
         """
         loaded = {}
         for name in self.tensors if names is None else names:
             try:
                 # The handle gives views of the mapped file, which another program may change or cut off.
-                loaded[name] = self._read(self._stored_name.get(name, name)).detach().to(device, copy=True)
+                tensor = self._read(self._stored_name.get(name, name)).detach()
+                narrow = tensor.is_floating_point() and tensor.dtype.itemsize == 1
+                loaded[name] = tensor.to(device, torch.float32 if narrow else tensor.dtype, copy=True)
             except SafetensorError as error:
                 raise ValueError(f"{self.where}: tensor {name!r} cannot be read: {error}") from error
         return loaded

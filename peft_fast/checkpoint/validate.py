@@ -212,8 +212,14 @@ def mismatch(name: str, found: tuple[int, ...], expected: tuple[int, ...]) -> st
     )
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[Any]) -> str:
     """The first names of many, for an error."""
     names = list(names)
     more = len(names) - _SHOWN
     return ", ".join(repr(name) for name in names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def short(value: Any, limit: int = 2000) -> str:
+    """A value as a message shows it, with an end."""
+    text = str(value)
+    return text if len(text) <= limit else f"{text[:limit]}... ({len(text)} characters)"

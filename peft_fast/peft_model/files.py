@@ -172,6 +172,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
         if key_mapping is None and not config.is_prompt_learning:
             # names that a new version of the architecture gave to its modules
             key_mapping = getattr(model, "_checkpoint_conversion_mapping", None)
+        _warn_other_base(config, model, directory)
         task = str(getattr(config.task_type, "value", config.task_type))
         target: Any = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task, cls)
         offloaded = take_hooks_off(model)
@@ -243,6 +244,7 @@ class AdapterFiles(PushToHubMixin, nn.Module):
             if is_new:
                 config = PeftConfig.from_pretrained(directory)
                 config.inference_mode = not is_trainable
+                _warn_other_base(config, self.get_base_model(), directory)
                 with fitting(directory, config, self.get_base_model()):
                     check_adapter_directory(
                         directory,
@@ -349,6 +351,24 @@ class AdapterFiles(PushToHubMixin, nn.Module):
                     stacklevel=3,
                 )
                 return
+
+
+def _warn_other_base(config: PeftConfig, base: nn.Module, directory: Path) -> None:
+    """Warn where an adapter's file names another base than the one that it is put on; a name is what its end is."""
+    made_for, this = config.base_model_name_or_path, base.__dict__.get("name_or_path")
+    if made_for and this and _model_name(made_for) != _model_name(this):
+        warnings.warn(
+            f"{directory}: this adapter was made for the base model {made_for!r}, and is loaded onto {this!r}. If "
+            "these are not the same weights, it does not do what it was trained for.",
+            stacklevel=3,
+        )
+
+
+def _model_name(path: str) -> str:
+    """The last part of a repository's id or of a directory; of the Hub's cache, the repository's."""
+    parts = Path(path).parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or [parts[-1] if parts else ""])[-1].lower()
 
 
 def _hub_kwargs(kwargs: Mapping[str, Any]) -> dict[str, Any]:

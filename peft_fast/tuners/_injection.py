@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..checkpoint.validate import listed, short
 from ..utils.constants import (
     DUMMY_TARGET_MODULES,
     INCLUDE_LINEAR_LAYERS_SHORTHAND,
     MIN_TARGET_MODULES_FOR_OPTIMIZATION,
 )  # fmt: skip
 from ..utils.error import NoMatchingPeftModuleError
-from ..utils.other import AuxiliaryTrainingWrapper, Site, _set_layer_requires_grad, walk
+from ..utils.other import AuxiliaryTrainingWrapper, Site, _set_layer_requires_grad, nearest, walk
 from ._base_layer import BaseTunerLayer
 from ._matching import (
     PatternBudget,
@@ -100,6 +101,7 @@ def find_targets(
         raise ValueError("target_parameters is not supported by peft_fast yet; leave it at None")
     # a parametrization's own modules are how a weight is made, not layers
     sites = [site for site in list(walk(model, "nothing"))[1:] if ".parametrizations." not in f".{site.name}"]
+    asked = getattr(config, "target_modules", None)
     everything = str(getattr(config, "target_modules", None)).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
     resolve_all_linear(config, model, sites)
     _shorten_targets(config, [site.name for site in sites])
@@ -118,6 +120,8 @@ def find_targets(
     if not targets:
         raise NoMatchingPeftModuleError(_no_match_message(config, any_excluded and state_dict is None, any_unmatched))
     _warn_unused(config, [site.name for site in targets], any_excluded, budget)
+    if state_dict is None and isinstance(asked, list | set | tuple):
+        _warn_unmatched(config, asked, [site.name for site in sites], [site.name for site in targets])
     return targets
 
 
@@ -146,9 +150,11 @@ def _warn_different(by_config: list[Site], by_state_dict: list[Site]) -> None:
         "state_dict. This is not necessarily an issue and can be ignored if this was the intent. "
     )
     if config_names - file_names:
-        message += f"The PEFT config contained these additional target modules: {sorted(config_names - file_names)}. "
+        more = listed(sorted(config_names - file_names))
+        message += f"The PEFT config contained these additional target modules: [{more}]. "
     if file_names - config_names:
-        message += f"The state_dict contained these additional target modules: {sorted(file_names - config_names)}. "
+        more = listed(sorted(file_names - config_names))
+        message += f"The state_dict contained these additional target modules: [{more}]. "
     warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
@@ -171,7 +177,7 @@ def _no_match_message(config: Any, any_excluded: bool, any_unmatched: bool) -> s
         )
     else:
         message = (
-            f"Target modules {config.target_modules} not found in the base model. "
+            f"Target modules {short(config.target_modules)} not found in the base model. "
             "Please check the target modules and try again."
         )
     if getattr(config, "layers_to_transform", None) is not None:
@@ -198,6 +204,20 @@ def _warn_unused(config: Any, names: list[str], any_excluded: bool, budget: Patt
                 RuntimeWarning,
                 stacklevel=5,
             )
+
+
+def _warn_unmatched(config: Any, asked: Iterable[str], names: list[str], targeted: list[str]) -> None:
+    """Warn of target modules and layers that are not in the model, beside others that are."""
+    known = {ending for name in names for ending in _suffixes(name.removeprefix("_orig_mod."))}
+    if missing := sorted(name for name in asked if name not in known):
+        shown = ", ".join(f"{name!r}{nearest(name, names)}" for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        warnings.warn(f"target_modules: no module of the model is called {shown}{more}.", stacklevel=6)
+    layers = getattr(config, "layers_to_transform", None)
+    layers = [layers] if isinstance(layers, int) else layers or []
+    numbers = {part for name in targeted for part in name.split(".") if part.isdigit()}
+    if absent := [layer for layer in layers if str(layer) not in numbers]:
+        warnings.warn(f"layers_to_transform: no target module is in a layer {listed(absent)}.", stacklevel=6)
 
 
 def check_mamba(config: Any, model: nn.Module, target_name: str) -> None:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint.names import COMPILED_LEVEL
+
 if TYPE_CHECKING:
     from ..tuners.tuners_utils import BasePromptEncoder
 
@@ -89,6 +91,7 @@ class Survey:
 
     def file_name(self, key: str) -> str:
         """The name in the file for a key that has no adapter's name in it."""
+        key = key.replace(COMPILED_LEVEL, "")
         if self.tuner_level and key.startswith(self.tuner_level):
             return "base_model." + key.removeprefix(self.tuner_level)
         return key
@@ -190,6 +193,11 @@ def survey_adapter(model: nn.Module, adapter_name: str) -> Survey:
             renamed = {survey.file_name(name): slot for name, slot in slots.items()}
             slots.clear()
             slots.update(renamed)
+    if any(COMPILED_LEVEL in name for name in survey.base):  # the base, or a part of it, is what torch.compile returned
+        for named in (survey.layers, survey.auxiliary, survey.duplicates, survey.base, survey.tuner_layers):
+            plain: Any = {name.replace(COMPILED_LEVEL, ""): value for name, value in named.items()}
+            named.clear()
+            named.update(plain)
     return survey
 
 

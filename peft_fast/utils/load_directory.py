@@ -23,6 +23,7 @@ from ..checkpoint import (
     open_weights,
     tensor_info,
 )
+from ..checkpoint.names import plain_name
 from ..checkpoint.validate import listed
 from ..tuners._adapters import taken_out
 from ..tuners.lora.init import changes_base
@@ -38,6 +39,7 @@ from ._survey import (
     survey_adapter,
     warn_mismatched,
 )
+from .transformers_weight_conversion import renaming_of
 
 
 def check_adapter_directory(
@@ -57,6 +59,7 @@ def check_adapter_directory(
     RuntimeError ("size mismatch") for ranks and prompts of sizes that the config does not allow.
     """
     weights = open_weights(directory, adapter_name=adapter_name)
+    weights.map_names(plain_name, "without the levels of torch.compile and of an adapter's name it")
     check_config(config, weights.where)
     check_ranks(weights, config, ignore_mismatched_sizes=ignore_mismatched_sizes)
     check_prompt_shapes(weights, config)
@@ -96,8 +99,15 @@ def load_adapter_weights(
     weights = check_adapter_directory(
         directory, config, adapter_name=adapter_name, ignore_mismatched_sizes=ignore_mismatched_sizes
     )
+    if narrow := [name for name, info in weights.tensors.items() if info.dtype.lower().startswith(("f8", "float8"))]:
+        warnings.warn(
+            f"{weights.where}: {len(narrow)} tensors have 8 bits ({listed(narrow)}): they are read as float32, with "
+            "the few digits that they have. Save the adapter in bfloat16 or float32 to keep what was trained",
+            stacklevel=4,
+        )
     weights.rename(key_mapping)
     survey = survey_adapter(model, adapter_name)
+    weights.map_names(renaming_of(model, survey, weights.tensors), "transformers' rules for this architecture")
     if survey.encoder is not None and survey.encoder.is_reparameterized:
         raise ValueError(f"{weights.where}: {survey.encoder.no_way_back()}")
     prefix = missing_prefix(survey, weights.tensors)
@@ -210,11 +220,14 @@ def _report_missing(
     missing = [own[name].key for name in checked.missing]
     lacking = [*checked.missing, *(name for name, _, _ in checked.mismatched)]
     empty = [own[name].key for name in lacking if name in own and own[name].tensor.is_meta]
-    message = f"Found missing adapter keys while loading the checkpoint: {missing}."
+    message = f"Found missing adapter keys while loading the checkpoint: [{listed(missing)}]."
+    second = [key for key, slot in ((slot.key, slot) for slot in own.values()) if ".lora_B." in key]
+    if second and set(second) <= set(missing):
+        message += " No lora_B is in the file: the adapter changes nothing until it is trained."
     if empty:
         raise ValueError(
-            f"{where}: {message} With low_cpu_mem_usage=True there is nothing to start from for {empty[:5]}; load with "
-            "low_cpu_mem_usage=False."
+            f"{where}: {message} With low_cpu_mem_usage=True there is nothing to start from for {listed(empty)}; load "
+            "with low_cpu_mem_usage=False."
         )
     if missing and strict:
         raise ValueError(f"{where}: {message} strict=True needs all of them.")

@@ -1,6 +1,8 @@
 """Helpers on modules that the tuners, the models and the files share, under PEFT's names."""
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -163,6 +165,30 @@ def _freeze_adapter(model: nn.Module, adapter_name: str) -> None:
             parameter.requires_grad = False
 
 
+# what the task classes add to modules_to_save, whatever the base's head is called
+_HEADS = {"classifier", "score", "qa_outputs"}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What a message says of a name that matches none of the modules called ``names``: those that are most like it."""
+    ends = {ending: None for known in names for ending in (known, known.rpartition(".")[2])}
+    found = get_close_matches(name, ends, 2) or get_close_matches(name.rpartition(".")[2], ends, 2)
+    return f" (did you mean {' or '.join(map(repr, found))}?)" if found else ""
+
+
+def _warn_missing_modules(names: Iterable[str], model: nn.Module) -> None:
+    """Warn of modules_to_save that are not there; of a task's usual heads a model has one."""
+    missing = sorted(set(names) - _HEADS)
+    if missing:
+        known = [site.name for site in walk(model, "base")]
+        shown = ", ".join(f"{name!r}{nearest(name, known)}" for name in missing[:5])
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        warnings.warn(
+            f"modules_to_save: no module of the model is called {shown}{more}; nothing is trained whole for that.",
+            stacklevel=6,
+        )
+
+
 def _set_trainable(
     model: nn.Module,
     adapter_name: str,
@@ -190,7 +216,7 @@ def _set_trainable(
     endings = tuple(module_names or ())
     if not endings:
         return None
-    found, wrappers = False, []
+    found, wrappers = set[str](), []
     for site in list(walk(model, "base", remove_duplicate=False)):
         if "base_layer" in site.module._modules and adapter_name.endswith(endings):
             raise ValueError(
@@ -199,7 +225,7 @@ def _set_trainable(
             )
         if site.parent is None or not site.name.endswith(endings):
             continue
-        found = True
+        found.update(ending for ending in endings if site.name.endswith(ending))
         wrapper = site.module
         if isinstance(wrapper, wrapper_cls):
             wrapper.update(adapter_name, **wrapper_kwargs)
@@ -214,6 +240,7 @@ def _set_trainable(
         raise ValueError(
             f"Target modules {set(endings)} not found in the base model. Please check the target modules and try again."
         )
+    _warn_missing_modules(set(endings) - found, model)
     return wrappers
 
 

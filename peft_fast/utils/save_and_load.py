@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from ..checkpoint import find_adapter, open_weights
+from ..checkpoint.names import plain_name
 from ..tuners._adapters import taken_out
 from ._gather import gathered, roll_call
 from ._survey import (
@@ -35,6 +36,7 @@ from .load_directory import (
     check_adapter_directory as check_adapter_directory,
     load_adapter_weights as load_adapter_weights,
 )
+from .transformers_weight_conversion import renaming_of
 from .warning import PeftWarning
 
 
@@ -220,6 +222,7 @@ def set_peft_model_state_dict(
         if "prompt_embeddings" not in peft_model_state_dict:
             raise KeyError(f"adapter {adapter_name!r}: the state dict has no 'prompt_embeddings'")
     slots = {name: slot for name, slot in survey.own.items()}
+    peft_model_state_dict = _named_as_here(model, survey, peft_model_state_dict)
     prefix = missing_prefix(survey, peft_model_state_dict)
     state_dict = {}
     for name, value in peft_model_state_dict.items():
@@ -240,6 +243,16 @@ def set_peft_model_state_dict(
         move_to_base_layers(survey, adapter_name)
     warn_mismatched(model, mismatched)
     return result
+
+
+def _named_as_here(model: Any, survey: Survey, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names that the model has for them: without torch.compile's level and an adapter's name, and
+    as transformers renamed the architecture's layers."""
+    plain: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        plain.setdefault(name if name in survey.own or name in survey.base else plain_name(name), tensor)
+    new_name = renaming_of(model, survey, plain)
+    return {new_name(name): tensor for name, tensor in plain.items()}
 
 
 def load_peft_weights(

@@ -4,8 +4,13 @@
 left out: no adapter of this library targets such parameters.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ._survey import PREFIX
+
+if TYPE_CHECKING:
+    from ._survey import Survey
 
 
 def build_peft_weight_mapping(
@@ -29,3 +34,41 @@ def build_peft_weight_mapping(
         WeightRenaming(source_patterns=r"(lora_[^\.]*)", target_patterns=rf"\1.{adapter_name}"),
         *(rule for rule in weight_conversions if isinstance(rule, WeightRenaming)),
     ]
+
+
+def renaming_of(model: Any, survey: "Survey", names: Iterable[str]) -> Callable[[str], str]:
+    """How transformers' rules for the base's architecture rename what an adapter's file has, for the names that the
+    model does not have: files from before transformers moved the layers of Gemma 3, LLaVA and others.
+
+    A layer is renamed as its weight would be. Prompt learning has no such names.
+    """
+    known = {name.removeprefix(PREFIX) for name in (*survey.own, *survey.base)}
+    strange = [name for name in names if name.removeprefix(PREFIX) not in known]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not strange or survey.encoder is not None or not hasattr(getattr(base, "config", None), "model_type"):
+        return lambda name: name
+    rules = _renamings(base)
+    if not rules:
+        return lambda name: name
+    from transformers.core_model_loading import rename_source_key
+
+    there = {f"{name}.weight": None for name, _ in base.named_modules() if name}
+    new: dict[str, str] = {}
+    for name in strange:
+        prefix = PREFIX if name.startswith(PREFIX) else ""
+        head, lora, tail = name.removeprefix(prefix).partition(".lora_")
+        key, _ = rename_source_key(f"{head}.weight" if lora else head, rules, [], base.base_model_prefix, there)
+        renamed = (key.removesuffix(".weight") if lora else key) + lora + tail
+        if renamed in known:
+            new[name] = prefix + renamed
+    return lambda name: new.get(name, name)
+
+
+def _renamings(base: Any) -> list[Any]:
+    """transformers' rules that rename weights of a model; none for a version that has no such rules."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:
+        return []
+    return [rule for rule in get_model_conversion_mapping(base) if isinstance(rule, WeightRenaming)]

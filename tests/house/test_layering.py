@@ -16,7 +16,13 @@ LAYERS = (
     ("integrations",),
     ("auto", "mapping", "mapping_func", "peft_model", "mixed_model", "helpers", "functional"),
     ("tuning",),
-    ("utils.save_and_load", "utils.load_directory", "utils.initial_adapter", "utils._survey"),
+    (
+        "utils.save_and_load",
+        "utils.load_directory",
+        "utils.initial_adapter",
+        "utils._survey",
+        "utils.transformers_weight_conversion",
+    ),
     ("tuners", "prompts"),
     ("config", "utils", "routing", "prompts.call", "checkpoint"),  # utils: the rest of it
     ("quantized",),
