@@ -52,7 +52,7 @@ def with_one_wrong(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess
     """A GPU step tried on the CPU, with a peft_fast whose layer doubles its output."""
     folder = tmp_path_factory.mktemp("wrong")
     (folder / "spoil.py").write_text(
-        "from bench import lora_sites\n"
+        "from bench.subjects import lora_sites\n"
         "build = lora_sites.PROVIDERS['peft_fast']\n"
         "def spoiled(*args):\n"
         "    layer = build(*args)\n"
@@ -521,7 +521,7 @@ def test_report_fills_in_both_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "results" / "cpu").mkdir(parents=True)
     (tmp_path / "results" / "cpu" / "lora.json").write_text(json.dumps(a_result()))
     monkeypatch.setattr(report_pages, "RESULTS", tmp_path / "results")
-    for name in ("README", "BENCHMARKS"):
+    for name in ("README", "BENCHMARKS", "PICTURE"):
         page = getattr(report_pages, name)
         (tmp_path / page.name).write_text(page.read_text())
         monkeypatch.setattr(report_pages, name, tmp_path / page.name)

@@ -167,7 +167,7 @@ def test_missing_base_and_sources(
 def test_ctrl_c_and_going_on(tmp_path: Path) -> None:
     """Stopped after the first adapter; the second run keeps that one and starts with the next."""
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "peft_fast", "demo", "--quick", "--steps", "3", "--out", str(out)]
+    command = [sys.executable, "-m", "peft_fast", "demo", "--quick", "--steps", "8", "--out", str(out)]
 
     def stop_when(started: str) -> tuple[int, str]:
         log = tmp_path / "log"

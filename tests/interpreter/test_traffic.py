@@ -13,7 +13,7 @@ import triton.language as tl
 from mixed_sites import Adapters
 from prefix_oracle import draw as draw_attention
 from test_fourbit import Quantized
-from test_lora_linear import make
+from lora_inputs import make
 from torch import Tensor
 from traffic import COUNTED, ELSEWHERE, Launch, counting
 from traffic_models import MODELS, check
