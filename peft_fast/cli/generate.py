@@ -72,4 +72,4 @@ def run(args: argparse.Namespace) -> int:
     """Returns 0, if every request has an answer."""
     from ..generation import run as generate
 
-    return generate.run(generate.Options(**{name: getattr(args, name) for name in generate.Options._fields}))
+    return generate.run(generate.Options(**{name: getattr(args, name) for name in generate.Options._fields}), print)

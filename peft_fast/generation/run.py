@@ -9,7 +9,7 @@ finished file is the same, byte for byte, as that of a run without a stop (same 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ class Options(NamedTuple):
     overwrite: bool
 
 
-def run(options: Options) -> int:
+def run(options: Options, say: Callable[[str], None] = lambda text: None) -> int:
     """Answer every request that has no result yet; 0 if none of all has an error.
 
     Raises: UsageError for an option that cannot be used, an OUT that belongs to something else included; JobError,
@@ -72,7 +72,7 @@ def run(options: Options) -> int:
             reader = _reader(options, generator)
             with tqdm(total=lines, initial=kept, unit="line", dynamic_ncols=True, mininterval=0.5) as bar:
                 _answer(options, generator, reader, results, bar)
-    print(_summary(options, results.tally, kept, tokens_before, time.perf_counter() - start))
+    say(_summary(options, results.tally, kept, tokens_before, time.perf_counter() - start))
     if errors := results.tally.errors:
         raise JobError(f'{errors} of {lines} requests got no answer: their lines in {options.out} say why ("error")')
     return 0

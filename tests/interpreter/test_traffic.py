@@ -10,10 +10,10 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from lora_inputs import make
 from mixed_sites import Adapters
 from prefix_oracle import draw as draw_attention
 from test_fourbit import Quantized
-from lora_inputs import make
 from torch import Tensor
 from traffic import COUNTED, ELSEWHERE, Launch, counting
 from traffic_models import MODELS, check
