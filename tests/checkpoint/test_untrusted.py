@@ -155,7 +155,6 @@ HOSTILE = {
     # names
     "leftover": Hostile("llama", put("base_model.model.extra.weight", torch.ones(2)), VALUE, ("extra.weight", LEFT)),
     "no_prefix": Hostile("llama", rename(r"^base_model\.model\.", ""), VALUE, ("model.layers.0", LEFT)),
-    "name_with_adapter": Hostile("llama", rename(r"lora_A", "lora_A.default"), VALUE, ("lora_A.default.weight", LEFT)),
     "not_targeted": Hostile("llama", configure(target_modules=["q_proj"]), VALUE, ("v_proj.lora_A.weight", LEFT)),
     "not_trained": Hostile("conv", configure(modules_to_save=["norm"]), VALUE, ("head.weight", BASE)),
     "none_present": Hostile(
